@@ -1,0 +1,48 @@
+"""The public entry: checks its arguments and hands them to the backend of the device."""
+
+import torch
+
+from .torch_attention import hybrid_tree_attention_torch
+from .validation import validate_attention_arguments
+
+
+def hybrid_tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    ancestor_bits: torch.Tensor | None,
+    *,
+    starts: torch.Tensor | None = None,
+    depths: torch.Tensor | None = None,
+    key_depths: torch.Tensor | None = None,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of tree nodes over `[start, prefix_len)` and over the tree rows their bits name.
+
+    See `hybrid_tree_attention_reference` for the maths, shapes, dtypes and source; every backend
+    computes that function. Inference only: the result carries no gradient.
+
+    Raises:
+        ValueError: an argument's shape or dtype does not fit; names the argument.
+    """
+    validate_attention_arguments(
+        query, key, value, prefix_lens, ancestor_bits, starts, depths, key_depths, window, softcap, sinks
+    )
+    return hybrid_tree_attention_torch(
+        query,
+        key,
+        value,
+        prefix_lens,
+        ancestor_bits,
+        starts=starts,
+        depths=depths,
+        key_depths=key_depths,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
