@@ -1,0 +1,76 @@
+"""Tree attention of the target's layers, in the terms of transformers' attention functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from longspec_hf_kernels import hybrid_tree_attention
+
+from .tree import TokenTree
+
+TREE_KWARG = "longspec_tree"
+"""Keyword that carries the tree's [`TreeAttention`] through the target's forward to its attention layers."""
+
+
+@dataclass(frozen=True)
+class TreeAttention:
+    """What the attention of one verification needs; built once a round, shared by all layers.
+
+    Attributes:
+        prefix_lens: `[B]` int32, cache rows of the committed tokens.
+        ancestor_bits: `[B, T, words]` from [`TokenTree.ancestor_bits`].
+        depths: `[B, T]`.
+        starts: `[B]` int32 first row that is not padding, or `None`.
+    """
+
+    prefix_lens: torch.Tensor
+    ancestor_bits: torch.Tensor
+    depths: torch.Tensor
+    starts: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tree: TokenTree, prefix_length: int, starts: torch.Tensor | None) -> TreeAttention:
+        """Metadata of a tree whose rows follow `prefix_length` committed ones."""
+        prefix_lens = torch.full(
+            (tree.token_ids.shape[0],), prefix_length, dtype=torch.int32, device=tree.token_ids.device
+        )
+        return cls(prefix_lens, tree.ancestor_bits(), tree.depths, starts)
+
+
+def tree_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: TreeAttention,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one target layer over a tree.
+
+    Args:
+        query: `[B, Hq, T, D]` of the nodes.
+        key, value: `[B, Hkv, N + T, D]`, the cache, the nodes' own rows last.
+        tree: metadata of the round.
+        scaling, sliding_window, softcap, s_aux: as transformers' models pass them (`s_aux`: attention sinks `[Hq]`).
+
+    Returns:
+        `[B, T, Hq, D]`.
+    """
+    out = hybrid_tree_attention(
+        query,
+        key,
+        value,
+        tree.prefix_lens,
+        tree.ancestor_bits,
+        starts=tree.starts,
+        depths=tree.depths,
+        key_depths=tree.depths,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out.transpose(1, 2).contiguous()

@@ -1,0 +1,159 @@
+"""Configuration of a LongSpec draft: the one decoder layer that proposes tokens for a target model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
+
+
+class LongSpecDraftConfig(PreTrainedConfig):
+    """Sizes of the draft layer and the defaults of its token tree.
+
+    Use [`LongSpecDraftConfig.from_target`] to fill the sizes from the target's configuration.
+
+    Args:
+        vocab_size: rows of the target's embedding table and head. The draft has neither of its own.
+        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim: sizes of the layer. The
+            hidden size and the head sizes equal the target's, since the draft reads the target's embeddings and cache.
+        hidden_act: activation of the gated MLP, a name of `transformers.activations.ACT2FN`.
+        rms_norm_eps: epsilon of the RMS norms.
+        attention_bias: whether the q, k and v projections have a bias (the output projection never has one).
+        qk_norm: whether queries and keys are RMS-normalised per head before rotation, as in Qwen3.
+        sliding_window: number of keys a self-attention query sees, its own included.
+        target_layer_idx: the target layer whose keys and values the cross-attention reads; -1 is the last
+            full-attention layer.
+        use_target_final_norm: whether the target's final norm is applied before the target's head.
+        draft_vocab_size: number of tokens the draft may propose; `None` means all. The names of the tokens are the
+            model's buffer `draft_token_ids`.
+        tree_shape: nodes kept at each depth of the beam, `tree_shape[0]` children of the root first. Empty means no
+            beam: only the n-gram branch drafts.
+        max_tree_nodes: nodes verified in one target forward, the root included.
+        ngram_branch_length: longest branch copied from the context, in tokens; 0 turns the branch off.
+        ngram_min_match: shortest run of tokens that must have occurred before for a branch to be copied.
+        target_name_or_path: the model this draft was trained for.
+        initializer_range: standard deviation of freshly initialised weights.
+
+    Raises:
+        ValueError: a field is out of its range; the message names it.
+    """
+
+    model_type = "longspec"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int = 512
+    target_layer_idx: int = -1
+    use_target_final_norm: bool = True
+    draft_vocab_size: int | None = None
+    tree_shape: list[int] | None = None
+    max_tree_nodes: int = 64
+    ngram_branch_length: int = 8
+    ngram_min_match: int = 2
+    target_name_or_path: str | None = None
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.tree_shape = list(DEFAULT_TREE_SHAPE if self.tree_shape is None else self.tree_shape)
+        super().__post_init__(**kwargs)
+        self.validate_sizes()
+        validate_tree_settings(self.tree_shape, self.max_tree_nodes, self.ngram_branch_length, self.ngram_min_match)
+
+    def validate_sizes(self) -> None:
+        """Check the sizes of the layer."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            _expect_int(name, getattr(self, name), minimum=1)
+        _expect_int("head_dim", self.head_dim, minimum=2)
+        _expect_int("sliding_window", self.sliding_window, minimum=1)
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"`num_attention_heads` must be a multiple of `num_key_value_heads` ({self.num_key_value_heads}), got "
+                f"{self.num_attention_heads}. Use the head counts of the target."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        if self.draft_vocab_size is not None:
+            _expect_int("draft_vocab_size", self.draft_vocab_size, minimum=1)
+            if self.draft_vocab_size > self.vocab_size:
+                raise ValueError(
+                    f"`draft_vocab_size` must be at most `vocab_size` ({self.vocab_size}), got "
+                    f"{self.draft_vocab_size}. Use `None` to let the draft propose every token."
+                )
+
+    @classmethod
+    def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> LongSpecDraftConfig:
+        """Build the configuration of a draft for the target described by `target_config`.
+
+        Args:
+            target_config: configuration of a decoder-only language model, or of a model that holds one.
+            **overrides: any field of this class.
+
+        Raises:
+            ValueError: the target is not a decoder, or an override is out of range.
+        """
+        text = target_config.get_text_config(decoder=True)
+        if getattr(target_config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"`target_config` must describe a decoder-only model, got the encoder-decoder "
+                f"{type(target_config).__name__}. LongSpec has no draft for encoder-decoder models."
+            )
+        heads = text.num_attention_heads
+        fields: dict[str, Any] = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "hidden_act": getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
+            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
+            # Qwen2 has biases in its code, not in its configuration.
+            "attention_bias": bool(getattr(text, "attention_bias", text.model_type.startswith("qwen2"))),
+            "qk_norm": text.model_type.startswith(("qwen3", "gemma3")),
+            "initializer_range": getattr(text, "initializer_range", 0.02),
+            "target_name_or_path": target_config.name_or_path or None,
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+            "pad_token_id": text.pad_token_id,
+        }
+        return cls(**{**fields, **overrides})
+
+
+def validate_tree_settings(
+    tree_shape: list[int], max_tree_nodes: int, ngram_branch_length: int, ngram_min_match: int
+) -> None:
+    """Check the settings of the token tree; raises a ValueError that names the setting."""
+    if isinstance(tree_shape, (str, bytes)) or not hasattr(tree_shape, "__iter__"):
+        raise ValueError(f"`tree_shape` must be a list of integers, got {tree_shape!r}, for example [4, 16, 16].")
+    for width in tree_shape:
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise ValueError(
+                f"`tree_shape` must hold integers of at least 1, got {list(tree_shape)!r}. An empty list turns the "
+                "beam off."
+            )
+    _expect_int("max_tree_nodes", max_tree_nodes, minimum=1)
+    _expect_int("ngram_branch_length", ngram_branch_length, minimum=0)
+    _expect_int("ngram_min_match", ngram_min_match, minimum=1)
+
+
+def _expect_int(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")

@@ -1,0 +1,71 @@
+"""Index of the text so far, for the n-gram branch (prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding).
+
+Works as the match finder of an LZ77 compressor: every position is chained to the last one that ended in the same pair of
+tokens, so that adding a token costs one dictionary access and a look-up walks a bounded number of chain links. The index
+lives on the host and holds two integers a token, like the token ids themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+MAX_CANDIDATES = 32  # chain links walked per look-up: recent matches are the likely ones, and the cost stays bounded
+MAX_MATCH = 32  # tokens compared per link: beyond this a longer match says nothing more
+
+
+class NgramIndex:
+    """Finds what followed the longest, most recent earlier occurrence of the current ending.
+
+    Args:
+        min_match: shortest ending, in tokens, that counts as an occurrence.
+    """
+
+    def __init__(self, min_match: int = 2) -> None:
+        self.min_match = min_match
+        self._key_length = min(min_match, 2)
+        self._tokens: list[int] = []
+        self._previous: list[int] = []  # per position, the last earlier one with the same key, -1 if none
+        self._latest: dict[tuple[int, ...], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Add committed tokens."""
+        size = self._key_length
+        for token in tokens:
+            self._tokens.append(token)
+            position = len(self._tokens) - 1
+            key = tuple(self._tokens[-size:])
+            self._previous.append(self._latest.get(key, -1) if position >= size - 1 else -1)
+            self._latest[key] = position
+
+    def continuation(self, length: int) -> list[int]:
+        """Up to `length` tokens that followed the match; empty without one.
+
+        Where the match runs into the end of the text the copy goes on into itself, which continues a period.
+        """
+        if length < 1 or not self._tokens:
+            return []
+        best, best_length = -1, self.min_match - 1
+        candidate = self._previous[-1]
+        for _ in range(MAX_CANDIDATES):
+            if candidate < 0 or best_length >= MAX_MATCH:
+                break
+            matched = _common_ending(self._tokens, candidate)
+            if matched > best_length:
+                best, best_length = candidate, matched
+            candidate = self._previous[candidate]
+        if best < 0:
+            return []
+        period = len(self._tokens) - 1 - best
+        return [self._tokens[best + 1 + i % period] for i in range(length)]
+
+
+def _common_ending(tokens: Sequence[int], end: int) -> int:
+    """Number of equal tokens before and at `end` and before and at the last position, at most `MAX_MATCH`."""
+    last = len(tokens) - 1
+    matched = 0
+    while matched < MAX_MATCH and matched <= end and tokens[end - matched] == tokens[last - matched]:
+        matched += 1
+    return matched

@@ -1,0 +1,60 @@
+"""Tree settings of one call: `GenerationConfig` attributes over the draft's own over the draft's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import GenerationConfig
+
+from .configuration_longspec import validate_tree_settings
+from .modeling_longspec import LongSpecDraftModel
+
+TREE_SETTINGS = ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match")
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """See [`LongSpecDraftConfig`] for the fields."""
+
+    tree_shape: tuple[int, ...]
+    max_tree_nodes: int
+    ngram_branch_length: int
+    ngram_min_match: int
+
+    @property
+    def max_nodes(self) -> int:
+        """Most nodes a tree of these settings can have, the root included."""
+        return min(self.max_tree_nodes, 1 + sum(self.tree_shape) + self.ngram_branch_length)
+
+    @property
+    def depth(self) -> int:
+        """Deepest node a tree of these settings can have."""
+        return max(len(self.tree_shape), self.ngram_branch_length)
+
+    def limited_to(self, depth: int) -> TreeSettings:
+        """The same settings with no node deeper than `depth`."""
+        depth = max(0, depth)
+        return TreeSettings(
+            self.tree_shape[:depth],
+            self.max_tree_nodes,
+            min(self.ngram_branch_length, depth),
+            self.ngram_min_match,
+        )
+
+
+def resolve_tree_settings(draft: LongSpecDraftModel, generation_config: GenerationConfig) -> TreeSettings:
+    """Settings of this call. `num_assistant_tokens` limits the depth, as it limits other drafts.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it.
+    """
+    values = {}
+    for name in TREE_SETTINGS:
+        value = getattr(generation_config, name, None)
+        if value is None and draft.generation_config is not None:
+            value = getattr(draft.generation_config, name, None)
+        values[name] = getattr(draft.config, name) if value is None else value
+    validate_tree_settings(**values)
+    settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
+    limit = generation_config.num_assistant_tokens
+    return settings if limit is None else settings.limited_to(limit)

@@ -1,0 +1,63 @@
+"""What a call did: counts, acceptance and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+@dataclass
+class SpeculationStats:
+    """Statistics of one `generate` call.
+
+    Attributes:
+        rounds: target forwards after the prefill.
+        drafted: tree nodes verified, without the roots.
+        committed: new tokens of the output, all of them.
+        committed_by_prefill: those of them that came from the prefill's logits (1 a sequence), not from a round.
+        accepted_per_depth: entry d counts the rounds whose drafted node of depth d + 1 was committed.
+        prefill_seconds, decode_seconds: wall time before and after the first new token.
+        fallback_reason: why the call, or the rest of it, ran without speculation; `None` if it did not.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    committed: int = 0
+    committed_by_prefill: int = 0
+    accepted_per_depth: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    fallback_reason: str | None = None
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens committed per target forward after the prefill, the target's own (bonus) token counted."""
+        return (self.committed - self.committed_by_prefill) / self.rounds if self.rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: tokens after the first, over the time after the first."""
+        tokens = self.committed - self.committed_by_prefill
+        return tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def add_round(self, drafted: int, committed: int) -> None:
+        """Count one round that verified `drafted` nodes and committed `committed` tokens, bonus included."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.committed += committed
+        accepted = committed - 1
+        self.accepted_per_depth += [0] * (accepted - len(self.accepted_per_depth))
+        for depth in range(accepted):
+            self.accepted_per_depth[depth] += 1
+
+
+@dataclass
+class LongSpecGenerateOutput(GenerateDecoderOnlyOutput):
+    """transformers' output of a decoder-only model, with one more field.
+
+    Args:
+        speculation_stats: what speculation did in this call.
+    """
+
+    speculation_stats: SpeculationStats | None = None

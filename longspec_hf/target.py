@@ -1,0 +1,136 @@
+"""What a draft borrows from its target for one call: embeddings, rotary table, final norm, head and one layer's cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .configuration_longspec import LongSpecDraftConfig
+from .modeling_longspec import LongSpecDraftModel
+
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+@dataclass(frozen=True)
+class BoundTarget:
+    """A target as its draft sees it. Nothing here is stored on either model.
+
+    Attributes:
+        layer_idx: the target layer whose cache the cross-attention reads.
+        head_weight: `[proposable tokens, hidden]`, the target's head, gathered to the draft vocabulary.
+        head_bias: `[proposable tokens]` or `None`.
+        token_ids: `[proposable tokens]` names of the head's rows, `None` when they are 0, 1, 2, ...
+    """
+
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    norm: nn.Module | None
+    head_weight: torch.Tensor
+    head_bias: torch.Tensor | None
+    token_ids: torch.Tensor | None
+    logit_softcap: float | None
+    layer_idx: int
+    hidden_size: int
+
+    def position_embeddings(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(cos, sin)` `[B, T, rotary_dim]` of positions `[B, T]`, in the dtype and on the device of `like`."""
+        return self.rotary_emb(like, position_ids)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores `[..., proposable tokens]` of the layer's output `[..., hidden]`, in fp32 (fp64 stays fp64)."""
+        hidden = hidden if self.norm is None else self.norm(hidden)
+        logits = F.linear(hidden, self.head_weight, self.head_bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        return logits
+
+
+def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bool = False) -> BoundTarget:
+    """Check that `draft` fits `target` and collect what it borrows.
+
+    Args:
+        draft, target: the pair.
+        mixed_precision: let dtypes differ, as in training, where the draft has fp32 master weights.
+
+    Raises:
+        ValueError: sizes, device or dtype do not fit, or the target has no part the draft needs; the message names
+            both values.
+    """
+    text = target.config.get_text_config(decoder=True)
+    expected = LongSpecDraftConfig.from_target(target.config)
+    for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        ours, theirs = getattr(draft.config, name), getattr(expected, name)
+        if ours != theirs:
+            raise ValueError(
+                f"`assistant_model` does not fit the target: its `{name}` is {ours}, the target's is {theirs}. Load the "
+                f"draft made for this target (this one says {draft.config.target_name_or_path!r}) or train one."
+            )
+    decoder = target.get_decoder()
+    rotary = getattr(decoder, "rotary_emb", None)
+    head = target.get_output_embeddings()
+    if rotary is None or head is None:
+        raise ValueError(
+            f"`assistant_model` cannot be used: a LongSpec draft needs a target with rotary positions and a language "
+            f"model head, got {type(target).__name__} with {'no rotary module' if rotary is None else 'no head'}."
+        )
+    if draft.dtype != decoder.dtype and not mixed_precision:
+        raise ValueError(
+            f"`assistant_model` has dtype {draft.dtype}, expected the target's {decoder.dtype}. Load it with "
+            f"`dtype={decoder.dtype}` or call `draft.to({decoder.dtype})`."
+        )
+    if draft.device != decoder.device:
+        raise ValueError(
+            f"`assistant_model` is on device {draft.device}, expected the target's {decoder.device}. Call "
+            f"`draft.to({str(decoder.device)!r})`."
+        )
+    token_ids = None
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if draft.config.draft_vocab_size is not None:
+        token_ids = draft.draft_token_ids
+        weight = weight[token_ids]
+        bias = None if bias is None else bias[token_ids]
+    return BoundTarget(
+        embed_tokens=target.get_input_embeddings(),
+        rotary_emb=rotary,
+        norm=_final_norm(decoder) if draft.config.use_target_final_norm else None,
+        head_weight=weight,
+        head_bias=bias,
+        token_ids=token_ids,
+        logit_softcap=getattr(text, "final_logit_softcapping", None),
+        layer_idx=resolve_layer_idx(draft.config, text),
+        hidden_size=text.hidden_size,
+    )
+
+
+def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
+    """Index of the target layer the draft cross-attends to; -1 is the last full-attention layer.
+
+    Raises:
+        ValueError: the target has no such layer.
+    """
+    count = text_config.num_hidden_layers
+    types = getattr(text_config, "layer_types", None) or ["full_attention"] * count
+    if draft_config.target_layer_idx == -1:
+        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        return full[-1] if full else count - 1
+    if not -count <= draft_config.target_layer_idx < count:
+        raise ValueError(
+            f"`target_layer_idx` must be -1 or name one of the target's {count} layers, got "
+            f"{draft_config.target_layer_idx}."
+        )
+    return draft_config.target_layer_idx % count
+
+
+def _final_norm(decoder: nn.Module) -> nn.Module:
+    for name in FINAL_NORM_NAMES:
+        if isinstance(norm := getattr(decoder, name, None), nn.Module):
+            return norm
+    raise ValueError(
+        f"`use_target_final_norm` needs the target's final norm, but {type(decoder).__name__} has none of "
+        f"{FINAL_NORM_NAMES}. Use a draft trained with `use_target_final_norm=False`."
+    )

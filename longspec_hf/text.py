@@ -1,0 +1,85 @@
+"""The text being written: token ids in one growing buffer, and the drawing of one token as plain decoding draws it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+INITIAL_ROOM = 1024
+
+
+class TextBuffer:
+    """Ids of one sequence, `[1, length]`, appended in place so that a token costs no copy of the text."""
+
+    def __init__(self, input_ids: torch.LongTensor) -> None:
+        self.length = input_ids.shape[1]
+        self._buffer = input_ids.new_empty(1, self.length + INITIAL_ROOM)
+        self._buffer[:, : self.length] = input_ids
+
+    @property
+    def ids(self) -> torch.LongTensor:
+        """View of the ids so far; tokens appended later do not change it."""
+        return self._buffer[:, : self.length]
+
+    def append(self, token: torch.Tensor) -> None:
+        """Append one token `[1]`."""
+        if self.length == self._buffer.shape[1]:
+            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
+        self._buffer[:, self.length] = token
+        self.length += 1
+
+
+class TokenDrawer:
+    """Draws tokens from the target's logits: per token one processor call, one draw and one criteria call, in that order,
+    on the tensors plain decoding would pass. So equal seeds give equal texts.
+
+    Attributes:
+        scores, logits: per drawn token, `[1, V]` each, where the configuration asks for them, else `None`.
+    """
+
+    def __init__(
+        self,
+        text: TextBuffer,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+    ) -> None:
+        keep = generation_config.return_dict_in_generate
+        self.text = text
+        self.logits_processor = logits_processor
+        self.stopping_criteria = stopping_criteria
+        self.do_sample = generation_config.do_sample
+        self.streamer = streamer
+        self.scores: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_logits else None
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Whether tokens are the argmax of the raw logits, and nobody wants to see those."""
+        return not (self.do_sample or len(self.logits_processor) or self.scores is not None or self.logits is not None)
+
+    def draw(self, logits: torch.Tensor) -> tuple[int, bool]:
+        """Draw the next token from the target's logits `[1, V]`; returns it and whether generation ends there."""
+        # Plain decoding processes an fp32 copy on the ids' device.
+        raw = logits.to(copy=True, dtype=torch.float32, device=self.text.ids.device)
+        processed = self.logits_processor(self.text.ids, raw)
+        if self.scores is not None:
+            self.scores += (processed,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        if self.do_sample:
+            token = torch.multinomial(torch.softmax(processed, dim=-1), num_samples=1).squeeze(1)
+        else:
+            token = torch.argmax(processed, dim=-1)
+        return self.commit(token)
+
+    def commit(self, token: torch.Tensor) -> tuple[int, bool]:
+        """Append a drawn token `[1]`; returns it and whether generation ends there."""
+        self.text.append(token)
+        stop = bool(self.stopping_criteria(self.text.ids, self.scores)[0])
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        return int(token), stop

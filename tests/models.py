@@ -1,0 +1,103 @@
+"""Tiny random targets and scripted drafts, made here and nowhere else."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers import AutoModelForCausalLM
+
+from longspec_hf import LongSpecDraftConfig, LongSpecDraftModel
+
+VOCAB = 64
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.5,  # gives varied text; the usual 0.02 repeats one token
+    "max_position_embeddings": 8192,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+# Windows that a test prompt passes several times over.
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": 8}),
+    "gemma2": (Gemma2Config, {"sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "phi3": (Phi3Config, {}),
+}
+
+
+def tiny_target(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A random target of about 20 000 parameters; overrides go to its configuration."""
+    config_class, extra = FAMILIES[family]
+    attention = overrides.pop("attn_implementation", None)
+    config = config_class(**{**SIZES, **extra, **overrides})
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    """Random ids `[1, length]`."""
+    return torch.randint(1, vocab, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+class ScriptedDraft(LongSpecDraftModel):
+    """A draft that knows the target's text and proposes it always, about half the time, or never.
+
+    Everything but the next-token scores is the real draft's: beam, window, cross-attention, tree.
+
+    Args:
+        target: the model it drafts for.
+        script: `[n]` ids of the whole text, prompt included.
+        mode: "oracle", "noisy" or "wrong".
+        fields: of the draft's configuration.
+    """
+
+    def __init__(self, target: PreTrainedModel, script: torch.Tensor, mode: str, **fields) -> None:
+        defaults = {"sliding_window": 16, "ngram_branch_length": 0, "tree_shape": [2, 4, 4]}
+        super().__init__(LongSpecDraftConfig.from_target(target.config, **{**defaults, **fields}))
+        self.to(target.dtype).eval()
+        self.script = script.flatten()
+        self.mode = mode
+
+    def next_token_logits(self, hidden, head, token_ids, position_ids):
+        vocab = self.config.vocab_size
+        position = position_ids + 1
+        known = position < len(self.script)
+        token = self.script[position.clamp(max=len(self.script) - 1)]
+        right = {"oracle": known, "noisy": known & (position * 7919 % 13 < 7), "wrong": known & False}[self.mode]
+        # Other tokens get varied scores, so that beams are not degenerate.
+        ids = torch.arange(vocab)
+        logits = ((ids * 31 + position.unsqueeze(-1) * 17) % 23).float()
+        bonus = torch.where(right, 40.0, float("-inf")).masked_fill(~known, 0.0)
+        return logits.scatter_add(-1, token.unsqueeze(-1), bonus.unsqueeze(-1))
+
+
+def scripted(target: PreTrainedModel, input_ids: torch.Tensor, new_tokens: int, mode: str, **fields) -> ScriptedDraft:
+    """A scripted draft for the greedy continuation of `input_ids`."""
+    script = target.generate(input_ids, max_new_tokens=new_tokens, do_sample=False)
+    return ScriptedDraft(target, script, mode, **fields)
+
+
+def learned(target: PreTrainedModel, seed: int = 1, **fields) -> LongSpecDraftModel:
+    """A real draft with random weights, all of its parts in use."""
+    torch.manual_seed(seed)
+    return LongSpecDraftModel.from_target(target, **{"sliding_window": 16, "tree_shape": [3, 4], **fields})

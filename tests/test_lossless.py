@@ -1,0 +1,141 @@
+"""Greedy decoding gives plain `generate`'s ids whatever the draft proposes."""
+
+import pytest
+import torch
+from models import FAMILIES, VOCAB, learned, prompt, scripted, tiny_target
+
+MODES = ("oracle", "noisy", "wrong")
+LOGIT_TOLERANCE = 1e-4  # fp32 logits of size 10, summed in another order
+
+
+def both(target, draft, input_ids, **kwargs):
+    """Plain and speculative output of the same call."""
+    plain = target.generate(input_ids, do_sample=False, **kwargs)
+    return plain, target.generate(input_ids, do_sample=False, assistant_model=draft, **kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1, 2])
+def test_shortest_prompts(target, length, mode):  # C01
+    ids = prompt(length, seed=length)
+    plain, ours = both(target, scripted(target, ids, 60, mode), ids, max_new_tokens=60)
+    assert torch.equal(plain, ours)
+
+
+def test_logits_of_a_long_prompt_equal_one_teacher_forced_forward(target):  # C02
+    ids = prompt(700, seed=3)
+    draft = scripted(target, ids, 64, "noisy")
+    out = target.generate(
+        ids, max_new_tokens=64, do_sample=False, assistant_model=draft, output_logits=True, return_dict_in_generate=True
+    )
+    expected = target(out.sequences).logits[0, 699:-1]
+    assert (torch.cat(out.logits) - expected).abs().max() < LOGIT_TOLERANCE
+
+
+def varied_prompts(count):
+    """Prompts of mixed lengths: random, periodic and half-repeating."""
+    for i in range(count):
+        ids = prompt(3 + 7 * i % 90, seed=i)
+        if i % 4 == 1:
+            ids = ids[:, :5].repeat(1, 8)
+        if i % 4 == 2:
+            ids = torch.cat([ids, ids[:, : ids.shape[1] // 2]], dim=1)
+        yield ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("part", range(4))
+def test_eighty_varied_prompts(family, dtype, part):  # C04
+    model = tiny_target(family, dtype)
+    differing = {}
+    for i, ids in enumerate(varied_prompts(80)):
+        if i % 4 != part:
+            continue
+        mode = (*MODES, "learned")[i // 4 % 4]
+        if mode == "learned":
+            draft = learned(model, tree_shape=[2, 2], ngram_branch_length=4)
+        else:
+            draft = scripted(model, ids, 128, mode, tree_shape=[2, 2, 2])
+        plain, ours = both(model, draft, ids, max_new_tokens=128)
+        if not torch.equal(plain, ours):
+            differing[i] = int((plain != ours).flatten().nonzero()[0])
+    assert not differing, f"prompt -> first differing index: {differing}"
+
+
+@pytest.mark.parametrize("cap", range(1, 13))
+def test_length_cap_is_exact(target, cap):  # C05
+    ids = prompt(9)
+    plain, ours = both(target, scripted(target, ids, 12, "oracle", tree_shape=[2] * 5), ids, max_new_tokens=cap)
+    assert ours.shape[1] == 9 + cap
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("shape", [[1], [1, 1, 1], [4], [4, 16, 16], [2, 2, 2, 2], [16]], ids=str)
+def test_tree_shape_does_not_change_the_text(target, shape):  # C07
+    ids = prompt(20, seed=5)
+    for mode in MODES:
+        plain, ours = both(target, scripted(target, ids, 48, mode, tree_shape=shape), ids, max_new_tokens=48)
+        assert torch.equal(plain, ours), mode
+
+
+def test_two_thousand_tokens_and_the_cache_at_the_end(target):  # C08
+    ids = prompt(12, seed=8)
+    draft = scripted(target, ids, 2000, "noisy", tree_shape=[2, 2])
+    plain = target.generate(ids, max_new_tokens=2000, do_sample=False)
+    out = target.generate(
+        ids, max_new_tokens=2000, do_sample=False, assistant_model=draft, return_dict_in_generate=True
+    )
+    assert torch.equal(plain, out.sequences)
+    assert 0 < sum(out.speculation_stats.accepted_per_depth) < 2000
+    rebuilt = target(out.sequences[:, :-1], use_cache=True, return_dict=True)
+    for ours, theirs in zip(cache_of(out).layers, cache_of(rebuilt).layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=LOGIT_TOLERANCE, rtol=0)
+        torch.testing.assert_close(ours.values, theirs.values, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def cache_of(output):
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_prompts_that_repeat(target, period, mode):  # C09
+    ids = prompt(period, seed=period).repeat(1, 48 // period)
+    plain, ours = both(target, scripted(target, ids, 32, mode, ngram_branch_length=6), ids, max_new_tokens=32)
+    assert torch.equal(plain, ours)
+
+
+def test_oracle_is_accepted_whole(target, monkeypatch):  # C12
+    ids, depth, new_tokens = prompt(30, seed=2), 4, 101
+    draft = scripted(target, ids, new_tokens + depth, "oracle", tree_shape=[2] * depth)
+    forwards = []
+    original = type(target).forward
+    monkeypatch.setattr(type(target), "forward", lambda self, *a, **k: forwards.append(1) or original(self, *a, **k))
+    stats = target.generate(
+        ids, max_new_tokens=new_tokens, do_sample=False, assistant_model=draft, return_dict_in_generate=True
+    ).speculation_stats
+    assert stats.tau == depth + 1
+    assert stats.rounds == (new_tokens - 1) // (depth + 1)
+    assert len(forwards) == stats.rounds + 1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_architectures(family, attention):  # C13
+    if family == "gemma2" and attention == "sdpa":
+        attention = "eager"  # soft-capped scores exist in eager only
+    model = tiny_target(family, attn_implementation=attention)
+    for i, length in enumerate((3, 9, 40)):
+        ids = prompt(length, seed=i)
+        for draft in (scripted(model, ids, 48, MODES[i]), learned(model)):
+            plain, ours = both(model, draft, ids, max_new_tokens=48)
+            assert torch.equal(plain, ours), (length, type(draft).__name__)
+
+
+def test_a_fresh_draft_with_a_draft_vocabulary(target):
+    draft = learned(target, draft_vocab_size=20)
+    draft.draft_token_ids.copy_(torch.randperm(VOCAB)[:20])
+    ids = prompt(15)
+    plain, ours = both(target, draft, ids, max_new_tokens=40)
+    assert torch.equal(plain, ours)
