@@ -2,7 +2,7 @@
 
 import torch
 
-from .torch_attention import hybrid_tree_attention_torch
+from . import operator as _operator  # noqa: F401  (registers the operator)
 from .validation import validate_attention_arguments
 
 
@@ -24,25 +24,26 @@ def hybrid_tree_attention(
     """Attention of tree nodes over `[start, prefix_len)` and over the tree rows their bits name.
 
     See `hybrid_tree_attention_reference` for the maths, shapes, dtypes and source; every backend
-    computes that function. Inference only: the result carries no gradient.
+    computes that function. The result's memory is laid out as `[B, T, Hq, D]`, so that transposing it
+    back for an output projection costs nothing. Inference only: there is no backward.
 
     Raises:
         ValueError: an argument's shape or dtype does not fit; names the argument.
     """
     validate_attention_arguments(
-        query, key, value, prefix_lens, ancestor_bits, starts, depths, key_depths, window, softcap, sinks
+        query, key, value, prefix_lens, ancestor_bits, starts, depths, key_depths, scale, window, softcap, sinks
     )
-    return hybrid_tree_attention_torch(
+    return torch.ops.longspec_hf.hybrid_tree_attention(
         query,
         key,
         value,
         prefix_lens,
         ancestor_bits,
-        starts=starts,
-        depths=depths,
-        key_depths=key_depths,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
+        starts,
+        depths,
+        key_depths,
+        sinks,
+        scale,
+        window,
+        softcap,
     )

@@ -1,5 +1,7 @@
 """Hybrid tree attention in plain PyTorch: the CPU's production path, correct on any device."""
 
+from collections.abc import Callable
+
 import torch
 
 from .masks import tree_visibility
@@ -43,7 +45,9 @@ def hybrid_tree_attention_torch(
     prefixes = prefix_lens.tolist()
     begins = [0] * batch if starts is None else starts.tolist()
     sink = None if sinks is None else sinks.view(kv_heads, group, 1).expand(-1, -1, nodes).flatten(1)
-    rows = []
+    out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device).transpose(1, 2)
+    if out.numel() == 0:
+        return out
     for b in range(batch):
         begin, prefix = begins[b], prefixes[b]
         if prefix > capacity:
@@ -82,26 +86,34 @@ def hybrid_tree_attention_torch(
                 v = value[b, :, prefix : prefix + count].masked_fill(hidden, 0)
                 visible = tree[:, :count].repeat(group, 1)
                 parts.append(explicit_attention(q, k, v, visible, scale=scale, softcap=softcap))
-        rows.append(_finish(parts, q, sink).view(heads, nodes, size))
-    return torch.stack(rows) if batch > 1 else rows[0].unsqueeze(0)
+        out[b] = _finish(parts, q, sink).view(heads, nodes, size)
+    return out
 
 
 def _prefix_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows every node sees: one fused call on the CPU, else chunks of explicit softmax."""
+    """Rows every node sees: one fused call where PyTorch has one, else chunks of explicit softmax."""
     unit_strides = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    if softcap is None and query.device.type == "cpu" and unit_strides:
-        # The kernel behind F.scaled_dot_product_attention on the CPU, called directly because only
-        # this form returns the log-sum-exp. It reads strided views in place.
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), scale=scale
-        )
-        return [(out[0], lse[0])]
+    if softcap is None and unit_strides and (kernel := _fused_kernel(query)) is not None:
+        # What F.scaled_dot_product_attention calls, called directly because only this form returns the
+        # log-sum-exp. It reads strided views in place.
+        result = kernel(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), scale=scale)
+        return [(result[0][0], result[1][0])]
     return [
         explicit_attention(query, k, v, None, scale=scale, softcap=softcap)
         for k, v in zip(key.split(CHUNK_ROWS, dim=1), value.split(CHUNK_ROWS, dim=1), strict=True)
     ]
+
+
+def _fused_kernel(query: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]] | None:
+    """PyTorch's flash kernel for the device, dtype and head size of `query`, or None."""
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    on_matrix_units = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
+    if query.device.type == "cuda" and on_matrix_units and query.shape[-1] <= 256:
+        return torch.ops.aten._scaled_dot_product_flash_attention
+    return None
 
 
 def _finish(

@@ -31,6 +31,7 @@ def validate_attention_arguments(
     starts: torch.Tensor | None,
     depths: torch.Tensor | None,
     key_depths: torch.Tensor | None,
+    scale: float,
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -65,10 +66,10 @@ def validate_attention_arguments(
             f"{list(ancestor_bits.shape)}.",
         )
     if key_depths is not None:
-        _expect(
-            ancestor_bits is not None,
-            "`key_depths` must come with `ancestor_bits`, got `ancestor_bits=None`: pass the bits, or no key depths.",
-        )
+        if ancestor_bits is None:
+            raise ValueError(
+                "`key_depths` must come with `ancestor_bits`, got `ancestor_bits=None`: pass both or neither."
+            )
         _validate_ints("key_depths", key_depths, (batch, key_depths.shape[-1]))
         words, needed = ancestor_bits.shape[-1], words_for(key_depths.shape[-1])
         _expect(
@@ -76,6 +77,7 @@ def validate_attention_arguments(
             f"`ancestor_bits` must have {needed} words for the {key_depths.shape[-1]} tree rows of `key_depths`, "
             f"got {words}.",
         )
+    _expect(scale > 0, f"`scale` must be positive, got {scale}.")
     if window is not None:
         _expect(window > 0, f"`window` must be positive, got {window}: pass None for no window.")
         _expect(depths is not None, "`depths` must be given with `window`, got None: pass each node's depth.")

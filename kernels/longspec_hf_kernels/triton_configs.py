@@ -1,0 +1,123 @@
+"""Tile shapes and split counts of the Triton kernels: one table, its reasons, and device limits."""
+
+import functools
+import importlib.metadata
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one program works: `block_m` packed rows against `block_n` K/V rows at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What the tables need to know of a device; `shared_memory` in bytes per multiprocessor."""
+
+    multiprocessors: int
+    shared_memory: int
+    dependent_launch: bool
+
+
+# Rows are T * Hq / Hkv; the key is the largest number of rows an entry is meant for. Few rows: the time
+# is the read of K/V, so the smallest matrix instruction (16 rows) and a deep pipeline. Many rows: the
+# matrix units, whose warpgroup instruction has 64 rows; larger tiles spill registers, and two programs
+# per multiprocessor let the softmax of one run under the products of the other.
+HALF_TILES = {
+    16: TileConfig(block_m=16, block_n=64, num_warps=4, num_stages=4, programs_per_sm=2),
+    64: TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, programs_per_sm=2),
+}
+# Heads wider than 128: the accumulator alone fills the registers of 4 warps.
+WIDE_HALF_TILES = {
+    16: TileConfig(block_m=16, block_n=64, num_warps=4, num_stages=2, programs_per_sm=2),
+    64: TileConfig(block_m=64, block_n=64, num_warps=8, num_stages=2, programs_per_sm=1),
+}
+# True fp32 products run on the ordinary units with both operands in registers: small tiles only.
+FLOAT_TILES = {16: TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2, programs_per_sm=2)}
+WIDE_FLOAT_TILES = {16: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)}
+# A split shorter than this costs more in the reduction than it gains in parallel reads.
+MIN_SPLIT_ROWS = 128
+# Shared memory that a program needs beside its tiles.
+RESERVED_SHARED_MEMORY = 2048
+# Hopper and Triton 3.4 can bring a kernel in before its predecessor has finished.
+DEPENDENT_LAUNCH_MAJOR = 9
+DEPENDENT_LAUNCH_TRITON = (3, 4)
+
+
+@functools.cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Read the limits of a CUDA device; a made-up small one for Triton's interpreter."""
+    if device.type != "cuda":
+        return DeviceLimits(multiprocessors=2, shared_memory=100 * 1024, dependent_launch=False)
+    properties = torch.cuda.get_device_properties(device)
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    return DeviceLimits(
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=properties.shared_memory_per_multiprocessor,
+        dependent_launch=torch.version.hip is None
+        and properties.major >= DEPENDENT_LAUNCH_MAJOR
+        and version >= DEPENDENT_LAUNCH_TRITON,
+    )
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that holds a head: tiles have power-of-two sides (80 and 96 become 128)."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose_tile(rows: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits) -> TileConfig:
+    """The tile for `rows` packed rows, with its pipeline cut to the device's shared memory.
+
+    Args:
+        rows: `T * Hq / Hkv`.
+        head_dim: unpadded.
+        dtype: of query, key and value.
+        limits: of the device.
+    """
+    wide = padded_head_dim(head_dim) > 128
+    if dtype == torch.float32:
+        table = WIDE_FLOAT_TILES if wide else FLOAT_TILES
+    else:
+        table = WIDE_HALF_TILES if wide else HALF_TILES
+    tile = next((config for most, config in table.items() if rows <= most), list(table.values())[-1])
+    width = padded_head_dim(head_dim) * dtype.itemsize
+    while True:
+        used = width * (tile.block_m + 2 * tile.block_n * tile.num_stages) + RESERVED_SHARED_MEMORY
+        if used * tile.programs_per_sm <= limits.shared_memory:
+            return tile
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.programs_per_sm > 1:
+            tile = replace(tile, programs_per_sm=tile.programs_per_sm - 1)
+        elif tile.block_n > 16:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        else:
+            return replace(tile, num_stages=1)
+
+
+def choose_splits(tile: TileConfig, rows: int, kv_heads: int, batch: int, limits: DeviceLimits) -> int:
+    """Splits of the K/V rows such that all programs are resident at once.
+
+    A function of shapes and device only, never of lengths: the launch can be captured in a graph,
+    and a sequence's bits do not depend on its neighbours' lengths.
+    """
+    programs = -(-rows // tile.block_m) * kv_heads * batch
+    return max(1, tile.programs_per_sm * limits.multiprocessors // programs)
+
+
+def min_split_tiles(tile: TileConfig) -> int:
+    """Fewest K/V tiles of a split."""
+    return max(1, MIN_SPLIT_ROWS // tile.block_n)
+
+
+def reduction_chunk(splits: int) -> int:
+    """Splits the reduction reads at once: few wasted lanes for few splits, few trips for many."""
+    return 16 if splits <= 16 else 64

@@ -1,0 +1,40 @@
+"""The table of tiles and splits: fits every device, depends on shapes alone."""
+
+import pytest
+import torch
+from longspec_hf_kernels.triton_configs import (
+    DeviceLimits,
+    choose_splits,
+    choose_tile,
+    min_split_tiles,
+    padded_head_dim,
+)
+
+DEVICES = {
+    "H100": DeviceLimits(multiprocessors=132, shared_memory=228 * 1024, dependent_launch=True),
+    "A100": DeviceLimits(multiprocessors=108, shared_memory=164 * 1024, dependent_launch=False),
+    "consumer": DeviceLimits(multiprocessors=84, shared_memory=100 * 1024, dependent_launch=False),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 448, 2048])
+def test_tiles_fit_the_shared_memory(rows, head_dim, dtype, device):
+    limits = DEVICES[device]
+    tile = choose_tile(rows, head_dim, dtype, limits)
+    stages = 2 * tile.block_n * tile.num_stages
+    used = padded_head_dim(head_dim) * dtype.itemsize * (tile.block_m + stages)
+    assert tile.num_stages == 1 or used * tile.programs_per_sm <= limits.shared_memory
+    assert tile.block_m >= 16 and tile.block_n >= 16 and min_split_tiles(tile) >= 1
+
+
+@pytest.mark.parametrize("rows, kv_heads, batch", [(1, 1, 1), (7, 4, 1), (448, 4, 1), (64, 32, 1), (64, 32, 64)])
+def test_all_programs_are_resident_at_once_unless_there_are_too_many_for_that(rows, kv_heads, batch):
+    limits = DEVICES["H100"]
+    tile = choose_tile(rows, 128, torch.bfloat16, limits)
+    splits = choose_splits(tile, rows, kv_heads, batch, limits)
+    programs = -(-rows // tile.block_m) * kv_heads * batch * splits
+    assert splits >= 1
+    assert splits == 1 or programs <= tile.programs_per_sm * limits.multiprocessors
