@@ -1,0 +1,86 @@
+"""Make training data for a draft: tokens of text files, and continuations written by the target itself.
+
+Tokenize sources and documents (here: an installed Python environment without the packages kept for evaluation)::
+
+    python examples/generate_data.py tokenize --target embedded --output data/corpus.npy \
+        --paths "$(python -c 'import site; print(site.getsitepackages()[0])')" --exclude networkx jinja2
+
+Let the target continue prompts cut from those texts, half of them with an instruction around::
+
+    python examples/generate_data.py continue --target embedded --tokens data/corpus.npy --output data/own.npy \
+        --count 768 --prompt-length 1024 --new-tokens 512 --temperatures 0.8
+
+Give both to `examples/train_draft.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longspec_hf.embedded import embedded_target_folder
+from longspec_hf.training import continue_prompts, make_prompts, pack_texts, read_texts, save_tokens
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Make training data for a LongSpec draft.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    tokenize = commands.add_parser("tokenize", help="text files and folders to tokens")
+    tokenize.add_argument(
+        "--paths", nargs="+", required=True, help="files, folders or .jsonl with `text` or `messages`"
+    )
+    tokenize.add_argument("--exclude", nargs="*", default=[], help="leave out files below folders of these names")
+    tokenize.add_argument("--max-tokens", type=int, default=None)
+    own = commands.add_parser("continue", help="prompts continued by the target")
+    own.add_argument("--tokens", required=True, help="output of `tokenize`")
+    own.add_argument("--count", type=int, default=768)
+    own.add_argument("--prompt-length", type=int, default=1024)
+    own.add_argument("--new-tokens", type=int, default=512)
+    own.add_argument("--batch-size", type=int, default=256)
+    own.add_argument("--temperatures", type=float, nargs="+", default=[0.8], help="in turn, one a batch; 0 is greedy")
+    own.add_argument("--dtype", default="bfloat16")
+    own.add_argument("--seed", type=int, default=0)
+    for command in (tokenize, own):
+        command.add_argument("--target", default="embedded", help="model name, folder, or `embedded`")
+        command.add_argument("--output", required=True, help=".npy file")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    name = str(embedded_target_folder()) if args.target == "embedded" else args.target
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if args.command == "tokenize":
+        tokens = pack_texts(_texts(args.paths, set(args.exclude)), tokenizer, max_tokens=args.max_tokens)
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device).eval()
+        source = np.load(args.tokens, mmap_mode="r").reshape(-1)
+        prompts = make_prompts(source, tokenizer, args.count, args.prompt_length, seed=args.seed)
+        tokens = continue_prompts(target, prompts, args.new_tokens, args.batch_size, args.temperatures, args.seed)
+        tokens = tokens.astype(source.dtype)
+    save_tokens(args.output, tokens)
+    print(f"{args.output}: {tokens.size:,} tokens, shape {tokens.shape}")
+
+
+def _texts(paths: list[str], excluded: set[str]) -> Iterator[str]:
+    for path in map(Path, paths):
+        if not path.is_dir():
+            yield from read_texts([path])
+            continue
+        # In random order, so that any part of the tokens is a sample of all.
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in (".py", ".md", ".rst", ".txt")]
+        files = [
+            file for file in files if not excluded & {part.split("-")[0] for part in file.parts} and file.is_file()
+        ]
+        for index in np.random.default_rng(0).permutation(len(files)):
+            yield from read_texts([files[index]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Arguments of [`LongSpecTrainer`]: transformers' own and the draft's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class LongSpecTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the draft's losses and schedule.
+
+    Args:
+        ce_weight: weight of the cross-entropy on the text, the paper's loss.
+        kl_weight: weight of the KL divergence from the target's distribution.
+        max_cross_attention_shift: cross-attention of a step is shifted by a number drawn from 1 to this, since at
+            inference the newest target rows do not exist yet. The depth of the tree is a good value.
+        shift_groups: parts a batch is split into by rows, each with a shift of its own.
+        loss_chunk_elements: logits held at once in the loss; by default 4M on a CPU, 64M on a GPU.
+        compile_loss: fuse the loss's elementwise passes with torch.compile.
+        max_train_seconds: stop after this time and run the learning-rate schedule over it. `None` leaves both to
+            transformers.
+        evaluate_tau: measure tau at every evaluation, where the trainer was given tau inputs.
+
+    Raises:
+        ValueError: a field is out of its range; the message names it.
+    """
+
+    ce_weight: float = field(default=0.1, metadata={"help": "Weight of the cross-entropy on the text."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL to the target's distribution."})
+    max_cross_attention_shift: int = field(default=4, metadata={"help": "Largest shift of the cross-attention."})
+    shift_groups: int = field(default=1, metadata={"help": "Parts of a batch with a shift of their own."})
+    loss_chunk_elements: int | None = field(default=None, metadata={"help": "Logits held at once in the loss."})
+    compile_loss: bool = field(default=False, metadata={"help": "Fuse the loss with torch.compile."})
+    max_train_seconds: float | None = field(default=None, metadata={"help": "Stop after this many seconds."})
+    evaluate_tau: bool = field(default=True, metadata={"help": "Measure tau at every evaluation."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ce_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.ce_weight == self.kl_weight == 0:
+            raise ValueError("`ce_weight` and `kl_weight` are both 0, expected a loss. Set at least one of them.")
+        for name in ("max_cross_attention_shift", "shift_groups", "loss_chunk_elements"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.max_train_seconds is not None and self.max_train_seconds <= 0:
+            raise ValueError(
+                f"`max_train_seconds` must be positive, got {self.max_train_seconds}. Use `None` for no limit."
+            )

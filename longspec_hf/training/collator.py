@@ -1,0 +1,96 @@
+"""Batches for training: right padding, labels, and anchor-offset or plain position ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+from .positions import anchor_offset_positions, draw_anchor_offset
+
+IGNORED = -100
+
+
+@dataclass
+class AnchorOffsetCollator:
+    """Collates rows `{"input_ids": [n], "labels": [n] (optional)}` into a batch.
+
+    The batch holds `input_ids`, `position_ids` and `labels`, each `[B, T]`. Rows are padded on the right, where causal
+    attention keeps padding out of sight without a mask; padding has label -100. Labels name the token at their own
+    place, as everywhere in transformers: the shift happens in the loss.
+
+    The k-th batch after `batches_drawn` is set draws the same offsets whatever came before, so a resumed run repeats an
+    uninterrupted one.
+
+    Args:
+        pad_token_id: filler of `input_ids`.
+        max_position: positions the target knows; offsets reach up to it. `None` gives plain positions 0 .. T - 1.
+        seed: seed of the offsets.
+        batches_drawn: number of batches this run has drawn already.
+
+    Raises:
+        ValueError: a row is empty, has labels of another length, or is longer than `max_position`.
+    """
+
+    pad_token_id: int = 0
+    max_position: int | None = None
+    seed: int = 0
+    batches_drawn: int = 0
+    _calls: int = field(default=0, init=False, repr=False)
+
+    def set_batches_drawn(self, count: int) -> None:
+        """Continue as if `count` batches had been drawn."""
+        self.batches_drawn, self._calls = count, 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        labels = [
+            torch.as_tensor(row["labels"], dtype=torch.long) if row.get("labels") is not None else row_ids
+            for row, row_ids in zip(rows, ids, strict=True)
+        ]
+        length = max(len(row_ids) for row_ids in ids)
+        self._check(ids, labels, length)
+        generator = torch.Generator().manual_seed(self._batch_seed())
+        positions = []
+        for _ in ids:
+            anchors, offset = (0, 0)
+            if self.max_position is not None:
+                anchors, offset = draw_anchor_offset(length, self.max_position, generator)
+            positions.append(anchor_offset_positions(length, anchors, offset))
+        return {
+            "input_ids": _pad(ids, length, self.pad_token_id),
+            "position_ids": torch.stack(positions),
+            "labels": _pad(labels, length, IGNORED),
+        }
+
+    def _batch_seed(self) -> int:
+        worker = get_worker_info()
+        # Workers take batches in turn, each with its own copy of this object.
+        index = self._calls if worker is None else self._calls * worker.num_workers + worker.id
+        self._calls += 1
+        return (self.seed * 1_000_003 + self.batches_drawn + index) % 2**63
+
+    def _check(self, ids: list[torch.Tensor], labels: list[torch.Tensor], length: int) -> None:
+        for number, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):
+            if not len(row_ids):
+                raise ValueError(f"`input_ids` of row {number} is empty. Leave empty texts out of the data.")
+            if len(row_ids) != len(row_labels):
+                raise ValueError(
+                    f"`labels` of row {number} has {len(row_labels)} entries, expected {len(row_ids)}, one for each of "
+                    "`input_ids`. Use -100 where a token is not to be learned."
+                )
+        if self.max_position is not None and length > self.max_position:
+            raise ValueError(
+                f"`input_ids` has {length} tokens, more than the {self.max_position} positions of the target. Use "
+                "shorter rows."
+            )
+
+
+def _pad(rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
+    batch = torch.full((len(rows), length), value, dtype=torch.long)
+    for row, values in zip(batch, rows, strict=True):
+        row[: len(values)] = values
+    return batch

@@ -1,0 +1,47 @@
+"""A learning-rate schedule over wall-clock time, for training that must end at a given moment."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+
+class TimeBudget(TrainerCallback):
+    """Stops training when `seconds` have passed since its first step, and tells how much has.
+
+    Args:
+        seconds: the budget.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.began: float | None = None
+
+    @property
+    def spent(self) -> float:
+        """Part of the budget that has passed, 0 to 1."""
+        return 0.0 if self.began is None else min((time.monotonic() - self.began) / self.seconds, 1.0)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.began is None:
+            self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.spent >= 1.0:
+            control.should_training_stop = True
+
+
+def budget_schedule(optimizer: Optimizer, budget: TimeBudget, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then a half cosine to zero over the steps or the budget, whichever ends first."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = max((step - warmup_steps) / max(total_steps - warmup_steps, 1), budget.spent)
+        return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,106 @@
+"""Training data made by the target itself: it continues prompts cut from texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+INSTRUCTIONS = (
+    "Explain what the following code does, step by step.\n\n```python\n{text}\n```",
+    "Summarize the following text.\n\n{text}",
+    "Write the documentation of the following module.\n\n{text}",
+    "What are the main ideas of the following text?\n\n{text}",
+    "Review this code and suggest improvements.\n\n```python\n{text}\n```",
+)
+"""Tasks put around a text; `{text}` is where it goes."""
+
+
+def make_prompts(
+    tokens: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    instructed: float = 0.5,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Prompts `[count, length]` of equal length, so that a batch needs no padding.
+
+    Args:
+        tokens: `[n]` ids the prompts are cut from at random places.
+        tokenizer: of the target; without a chat template no prompt carries an instruction.
+        count, length: how many prompts, and their tokens.
+        instructed: share of the prompts that ask for something (`INSTRUCTIONS`); the others are to be continued.
+        seed: of the random places.
+    """
+    if len(tokens) < length:
+        raise ValueError(
+            f"`tokens` has {len(tokens)} entries, fewer than one prompt of {length}. Use shorter prompts."
+        )
+    rng = np.random.default_rng(seed)
+    frames = [_frame(tokenizer, text) for text in INSTRUCTIONS] if tokenizer.chat_template else []
+    frames = [frame for frame in frames if len(frame[0]) + len(frame[1]) < length]
+    prompts = np.empty((count, length), dtype=np.int64)
+    for row in prompts:
+        before, after = [], []
+        if frames and rng.random() < instructed:
+            before, after = frames[rng.integers(len(frames))]
+        room = length - len(before) - len(after)
+        start = rng.integers(len(tokens) - room + 1)
+        row[:] = np.concatenate([before, tokens[start : start + room], after])
+    return torch.from_numpy(prompts)
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase, instruction: str) -> tuple[list[int], list[int]]:
+    """Tokens of a chat before and after the text."""
+    marker = "\u241e"
+    chat = [{"role": "user", "content": instruction.format(text=marker)}]
+    before, after = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(marker)
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))  # type: ignore
+
+
+@torch.no_grad()
+def continue_prompts(
+    target: PreTrainedModel,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    batch_size: int,
+    temperatures: Sequence[float] = (0.8,),
+    seed: int = 0,
+) -> np.ndarray:
+    """Rows `[count, length + new_tokens]`: prompts with the target's continuation.
+
+    A finished row is filled up with the end token.
+
+    Args:
+        target: the target.
+        prompts: `[count, length]`.
+        new_tokens: tokens of a continuation.
+        batch_size: prompts at once.
+        temperatures: taken in turn, one per batch; 0 is greedy.
+        seed: of the sampling.
+    """
+    torch.manual_seed(seed)
+    rows = []
+    for number, batch in enumerate(prompts.split(batch_size)):
+        temperature = temperatures[number % len(temperatures)]
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        config = GenerationConfig(
+            max_new_tokens=new_tokens,
+            pad_token_id=_end(target),
+            eos_token_id=target.generation_config.eos_token_id,
+            **sampling,
+        )
+        batch = batch.to(target.device)
+        output = target.generate(batch, attention_mask=torch.ones_like(batch), generation_config=config)
+        missing = prompts.shape[1] + new_tokens - output.shape[1]
+        rows.append(torch.nn.functional.pad(output, (0, missing), value=_end(target)).cpu().numpy())
+    return np.concatenate(rows)
+
+
+def _end(target: PreTrainedModel) -> int:
+    """The token that fills up finished rows."""
+    ids = target.generation_config.eos_token_id
+    return (ids[0] if isinstance(ids, list) else ids) if ids is not None else 0

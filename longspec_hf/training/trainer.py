@@ -1,0 +1,259 @@
+"""`LongSpecTrainer`: trains the draft alone, next to a frozen target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from ..model_card import make_model_card, save_model_card
+from ..modeling_longspec import LongSpecDraftModel
+from ..target import BoundTarget, bind
+from .arguments import LongSpecTrainingArguments
+from .collator import IGNORED, AnchorOffsetCollator
+from .facts import training_facts
+from .losses import FrozenHead, LossSums, chunked_loss
+from .positions import max_positions
+from .schedule import TimeBudget, budget_schedule
+from .target_states import read_target
+from .tau import TauEvaluator
+from .vocabulary import rows_of_tokens
+
+
+class LongSpecTrainer(Trainer):
+    """A `Trainer` whose model is the draft; saving, resuming and sharding see nothing else.
+
+    Per batch: one forward of the target without gradients, keeping one layer's K/V and the final hidden state; one
+    forward of the draft with its cross-attention shifted by a drawn number of tokens; cross-entropy and KL in chunks.
+    The loss is the sum over positions whose next token is labelled, divided by their number.
+
+    Args:
+        model: the draft. Half-precision weights become fp32 master weights; use `bf16=True` for speed.
+        target_model: the target it is trained for; may be quantised, sharded or offloaded. Its parameters are frozen.
+        args: training arguments.
+        data_collator: by default an [`AnchorOffsetCollator`] up to the target's context length.
+        tau_evaluator: measures tau on held-out texts at every evaluation.
+        **kwargs: as for `Trainer`.
+
+    Raises:
+        ValueError: the draft does not fit the target; the message names both values.
+    """
+
+    model: LongSpecDraftModel
+    args: LongSpecTrainingArguments
+
+    def __init__(
+        self,
+        model: LongSpecDraftModel,
+        target_model: PreTrainedModel,
+        args: LongSpecTrainingArguments | None = None,
+        data_collator: Any = None,
+        tau_evaluator: TauEvaluator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = LongSpecTrainingArguments(output_dir="tmp_trainer") if args is None else args
+        draft = _draft_of(model)
+        # The optimiser's small updates would be lost in half-precision weights.
+        model = model.float() if draft.dtype in (torch.bfloat16, torch.float16) else model
+        self.target_model = target_model.requires_grad_(False).eval()
+        if getattr(target_model, "hf_device_map", None) is None:
+            self.target_model = self.target_model.to(args.device)
+        text_config = target_model.config.get_text_config(decoder=True)
+        bind(draft.to(args.device), self.target_model, mixed_precision=True)  # refuses a draft that does not fit, now
+        if data_collator is None:
+            pad = text_config.pad_token_id or 0
+            data_collator = AnchorOffsetCollator(pad, max_positions(text_config), seed=args.seed)
+        self.tau_evaluator = tau_evaluator
+        args.remove_unused_columns = False  # the collator decides
+        args.label_names = ["labels"]
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        # `compute_loss` divides by the number of labelled positions of the whole step, accumulation included.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._micro_batch = (-1, 0)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._borrowed: tuple[BoundTarget, torch.Tensor | None] | None = None
+        self._budget = None
+        if args.max_train_seconds is not None:
+            self._budget = TimeBudget(args.max_train_seconds)
+            self.add_callback(self._budget)
+        if isinstance(data_collator, AnchorOffsetCollator):
+            self.add_callback(_ContinueOffsets(data_collator))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """transformers' scheduler, or the one over `max_train_seconds`."""
+        if self._budget is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = budget_schedule(optimizer or self.optimizer, self._budget, warmup, num_training_steps)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss of a batch `input_ids`, `position_ids`, `labels` `[B, T]`."""
+        labelled = inputs["labels"][:, 1:] != IGNORED
+        count = labelled.sum() if num_items_in_batch is None else num_items_in_batch
+        shifts = self._draw_shifts(min(self.args.shift_groups, len(labelled)))
+        sums = self.loss_sums(model, inputs, shifts)
+        count = torch.as_tensor(count, device=sums.total.device).clamp(min=1)
+        if model.training:
+            self._track(sums, labelled.sum())
+        loss = sums.total / count
+        return (loss, {}) if return_outputs else loss
+
+    def loss_sums(self, model: nn.Module, inputs: dict[str, torch.Tensor], shifts: list[int]) -> LossSums:
+        """Loss sums of a batch whose rows are split evenly among cross-attention `shifts`."""
+        draft = _draft_of(self.accelerator.unwrap_model(model))
+        bound, _ = self._bound()
+        states = read_target(self.target_model, bound.layer_idx, inputs["input_ids"], inputs["position_ids"])
+        embeds = bound.embed_tokens(inputs["input_ids"]).detach()
+        cos, sin = bound.position_embeddings(inputs["position_ids"], embeds)
+        embeds, cos, sin, key, value = (x.to(draft.device, draft.dtype) for x in (embeds, cos, sin, *states[:2]))
+        parts = torch.arange(len(embeds)).chunk(len(shifts))
+        hidden = []
+        for part, shift in zip(parts, shifts, strict=False):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            outputs = model(
+                inputs_embeds=embeds[rows],
+                position_embeddings=(cos[rows], sin[rows]),
+                target_key=key[rows],
+                target_value=value[rows],
+                cross_attention_shift=shift,
+            )
+            hidden.append(outputs.last_hidden_state)
+        return self._losses(torch.cat(hidden), states.hidden, inputs["labels"], bound)
+
+    def _losses(
+        self, hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor, bound: BoundTarget
+    ) -> LossSums:
+        # The state at p predicts the token at p + 1; the last state of a row predicts nothing.
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+        mask = labels != IGNORED
+        _, rows = self._bound()
+        if rows is not None:
+            labels = torch.where(mask, rows[labels.clamp(min=0)], IGNORED)
+        device, dtype = bound.head_weight.device, bound.head_weight.dtype
+        hidden = hidden.to(device)
+        hidden = hidden if bound.norm is None else bound.norm(hidden)
+        return chunked_loss(
+            hidden.flatten(0, 1).to(dtype),
+            FrozenHead(bound.head_weight, bound.head_bias, bound.logit_softcap),
+            labels.flatten().to(device),
+            teacher_hidden[:, :-1].flatten(0, 1).to(device, dtype),
+            mask.flatten().to(device),
+            self.args.ce_weight,
+            self.args.kl_weight,
+            self.args.loss_chunk_elements,
+            self.args.compile_loss,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`."""
+        self._borrowed = None  # a checkpoint may bring another draft vocabulary
+        return super().train(*args, **kwargs)
+
+    def _bound(self) -> tuple[BoundTarget, torch.Tensor | None]:
+        """What the draft borrows from the target, and each token's row in the draft vocabulary; made once."""
+        if self._borrowed is None:
+            draft = _draft_of(self.accelerator.unwrap_model(self.model))
+            bound = bind(draft, self.target_model, mixed_precision=True)
+            self._borrowed = bound, rows_of_tokens(bound.token_ids, draft.config.vocab_size)
+        return self._borrowed
+
+    def _draw_shifts(self, groups: int) -> list[int]:
+        """Shifts of this micro-batch; a function of seed, step, place in the step and process, so that a resumed run
+        draws what an uninterrupted one does."""
+        step, place = self._micro_batch
+        place = place + 1 if step == self.state.global_step else 0
+        self._micro_batch = (self.state.global_step, place)
+        seed = hash((self.args.seed, self.state.global_step, place, self.args.process_index)) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(1, self.args.max_cross_attention_shift + 1, (groups,), generator=generator).tolist()
+
+    def _track(self, sums: LossSums, positions: torch.Tensor) -> None:
+        for name, value in {"ce": sums.ce, "kl": sums.kl, "positions": positions}.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the two losses, each per labelled position, and the number of those, since the last log."""
+        if ("loss" in logs or "train_runtime" in logs) and self._sums:
+            positions = max(float(self._sums["positions"]), 1.0)
+            means = {name: float(self._sums[name]) / positions for name in ("ce", "kl")}
+            logs = {**logs, **means, "positions": positions}
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss with a shift of 1, as at the first depth of a tree."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = self.loss_sums(model, inputs, shifts=[1])
+        return sums.total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Evaluation uses plain positions."""
+        kept = self.data_collator
+        if isinstance(kept, AnchorOffsetCollator):
+            self.data_collator = AnchorOffsetCollator(kept.pad_token_id)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = kept
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Evaluation loss, where there is an `eval_dataset`, and tau on held-out texts."""
+        metrics: dict[str, float] = {}
+        if self.eval_dataset is not None or args or kwargs.get("eval_dataset") is not None:
+            metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.tau_evaluator is not None and self.args.evaluate_tau:
+            draft = _draft_of(self.accelerator.unwrap_model(self.model))
+            measured = self.tau_evaluator.evaluate(draft, self.target_model)
+            measured = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+            self.log(measured)
+            metrics.update(measured)
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the draft's card into `output_dir` from what the run recorded; transformers' arguments are not used."""
+        if not self.is_world_process_zero():
+            return
+        history = self.state.log_history
+        taus = {
+            name.removeprefix("eval_tau_"): value
+            for entry in history
+            for name, value in entry.items()
+            if name.startswith("eval_tau_")
+        }
+        draft = _draft_of(self.accelerator.unwrap_model(self.model))
+        card = make_model_card(draft.config, self._repo_name(), training_facts(self.args, self.state), taus)
+        save_model_card(self.args.output_dir, card)
+
+    def _repo_name(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).name
+
+
+class _ContinueOffsets(TrainerCallback):
+    """Tells the collator, when training begins, how many batches came before."""
+
+    def __init__(self, collator: AnchorOffsetCollator) -> None:
+        self.collator = collator
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.collator.set_batches_drawn(state.global_step * args.gradient_accumulation_steps)
+
+
+def _draft_of(model: Any) -> LongSpecDraftModel:
+    """The draft inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
