@@ -118,6 +118,8 @@ def _longspec_decoding(
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
     reason = _reason_for_plain(input_ids, generation_config, synced_gpus, model_kwargs)
+    if _rope_depends_on_length(target.config.get_text_config(decoder=True), input_ids.shape[1], generation_config.max_length):
+        reason = reason or "the target's rotary table changes with the length of the text"
     if reason is not None:
         logger.warning_once(f"LongSpec decodes this call without speculation: {reason}.")
         output = target._sample(
@@ -230,6 +232,16 @@ def _reason_for_plain(
     if (positions := model_kwargs.get("position_ids")) is not None and positions.dim() != 2:
         return "`position_ids` has several axes"
     return None
+
+
+def _rope_depends_on_length(config: PreTrainedConfig, prompt_length: int, max_length: int) -> bool:
+    """Whether plain decoding would rotate tokens of this call by tables that depend on how far it had got."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if "dynamic" in kinds:
+        return max_length > limit
+    return "longrope" in kinds and prompt_length <= limit < max_length
 
 
 def _rows_before(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ class BoundTarget:
 
     Attributes:
         layer_idx: the target layer whose cache the cross-attention reads.
+        rotary_layer_type: kind of that layer, where the rotary module has a table per kind (Gemma 3), else `None`.
         head_weight: `[proposable tokens, hidden]`, the target's head, gathered to the draft vocabulary.
         head_bias: `[proposable tokens]` or `None`.
         token_ids: `[proposable tokens]` names of the head's rows, `None` when they are 0, 1, 2, ...
@@ -34,10 +36,12 @@ class BoundTarget:
     token_ids: torch.Tensor | None
     logit_softcap: float | None
     layer_idx: int
-    hidden_size: int
+    rotary_layer_type: str | None
 
     def position_embeddings(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(cos, sin)` `[B, T, rotary_dim]` of positions `[B, T]`, in the dtype and on the device of `like`."""
+        if self.rotary_layer_type is not None:
+            return self.rotary_emb(like, position_ids, self.rotary_layer_type)
         return self.rotary_emb(like, position_ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -88,6 +92,8 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
             f"`assistant_model` is on device {draft.device}, expected the target's {decoder.device}. Call "
             f"`draft.to({str(decoder.device)!r})`."
         )
+    layer_idx = resolve_layer_idx(draft.config, text)
+    tables_per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
     token_ids = None
     weight, bias = head.weight, getattr(head, "bias", None)
     if draft.config.draft_vocab_size is not None:
@@ -102,8 +108,8 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         head_bias=bias,
         token_ids=token_ids,
         logit_softcap=getattr(text, "final_logit_softcapping", None),
-        layer_idx=resolve_layer_idx(draft.config, text),
-        hidden_size=text.hidden_size,
+        layer_idx=layer_idx,
+        rotary_layer_type=text.layer_types[layer_idx] if tables_per_kind else None,
     )
 
 
