@@ -180,6 +180,11 @@ class LongSpecCache(Cache):
                 layer.move_rows(source, base + in_place)
         self.crop(len(visited) - num_nodes)
 
+    def truncate(self, rows: int) -> None:
+        """Keep at most the first `rows` rows of every layer, also when a broken-off forward wrote only some layers."""
+        for layer in self.layers:
+            layer.length = min(layer.length, rows)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `abs(tokens_to_remove)` tokens; nothing is changed if there are fewer.
 

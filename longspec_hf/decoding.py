@@ -51,7 +51,7 @@ def decode(
     try:
         return _decode(target, generator, cache, drawer, prompt_positions, max_length, starts)
     except BaseException:
-        cache.crop(rows_before - cache.get_seq_length())
+        cache.truncate(rows_before)
         raise
 
 
