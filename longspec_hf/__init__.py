@@ -1,6 +1,7 @@
 """LongSpec (arXiv 2502.17421) for Hugging Face transformers: lossless speculative decoding for long contexts.
 
-Importing this package registers LongSpec drafts with the auto classes and lets `generate` take one as `assistant_model`.
+Importing this package registers LongSpec drafts with the auto classes and lets `generate` take one as
+`assistant_model`.
 Nothing changes for calls without one; `uninstall()` undoes it.
 """
 
@@ -14,8 +15,6 @@ from .modeling_longspec import LongSpecDraftModel, LongSpecDraftOutput
 from .stats import LongSpecGenerateOutput, SpeculationStats
 from .tree import TokenTree
 from .version import __version__
-
-
 
 __all__ = [
     "LongSpecCache",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class AttentionSwitch:
@@ -15,7 +16,7 @@ class AttentionSwitch:
         read, write: access to a configuration's implementation.
     """
 
-    def __init__(self, name: str, read: Callable[[object], str], write: Callable[[object, str], None]) -> None:
+    def __init__(self, name: str, read: Callable[[Any], str], write: Callable[[Any, str], None]) -> None:
         self.name = name
         self._read = read
         self._write = write
@@ -24,7 +25,7 @@ class AttentionSwitch:
 
     @contextmanager
     def pointed(self, config: object) -> Iterator[None]:
-        """Inside the block `config` names our implementation; the user's choice is back when the last thread leaves."""
+        """Inside the block `config` names our implementation; the user's is back when the last thread leaves."""
         with self._lock:
             chosen, users = self._entries.get(id(config), (self._read(config), 0))
             self._entries[id(config)] = (chosen, users + 1)

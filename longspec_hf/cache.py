@@ -18,8 +18,8 @@ GROWTH_ROWS = 4096
 class LongSpecLayer(DynamicLayer):
     """K/V of one target layer in a buffer with spare rows.
 
-    `keys` and `values` are views of the rows in use, `[B, Hkv, length, D]`; the buffers behind them are only replaced when
-    they are full.
+    `keys` and `values` are views of the rows in use, `[B, Hkv, length, D]`; the buffers behind them are only replaced
+    when they are full.
 
     Args:
         capacity: rows to allocate at the first write, if known.
@@ -32,8 +32,8 @@ class LongSpecLayer(DynamicLayer):
         self.announced = capacity
         self.limit = limit
         self.length = 0
-        self._key_buffer: torch.Tensor | None = None
-        self._value_buffer: torch.Tensor | None = None
+        self._key_buffer: Any = None  # a tensor once there is a row
+        self._value_buffer: Any = None
         super().__init__()
 
     @property
@@ -109,8 +109,8 @@ class LongSpecLayer(DynamicLayer):
 class LongSpecCache(Cache):
     """Cache of a target that is decoded with a LongSpec draft.
 
-    Behaves like a `DynamicCache`, so it can be passed on to the next `generate` call or `forward`. Per layer it holds rows
-    for committed tokens, and during a round the rows of the tree behind them.
+    Behaves like a `DynamicCache`, so it can be passed on to the next `generate` call or `forward`. Per layer it holds
+    rows for committed tokens, and during a round the rows of the tree behind them.
 
     Attributes:
         draft_window: the draft's own constant-size K/V, `None` before the first round.
@@ -118,12 +118,13 @@ class LongSpecCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=LongSpecLayer)
-        self._announced, self._limit = 0, None
+        self._announced = 0
+        self._limit: int | None = None
         self.draft_window: DraftWindow | None = None
 
     @staticmethod
     def can_take_over(cache: Cache) -> bool:
-        """Whether every row of `cache` is still there: no layer that has begun to forget, and none that never keeps any."""
+        """Whether every row of `cache` is still there: no layer has begun to forget, or never keeps any."""
         return all(isinstance(layer, DynamicLayer) and _keeps_every_row(layer) for layer in cache.layers)
 
     @classmethod

@@ -22,8 +22,8 @@ from .tree import TokenTree, longest_path_through, merge
 class LongSpecCandidateGenerator(CandidateGenerator):
     """Proposes a [`TokenTree`] per round (`propose`), or a chain for transformers' own loop (`get_candidates`).
 
-    It holds the text's n-gram index and the draft's window; the target's cache is read, never written. No random numbers
-    are drawn.
+    It holds the text's n-gram index and the draft's window; the target's cache is read, never written. No random
+    numbers are drawn.
 
     Args:
         draft: the draft model.
@@ -153,7 +153,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         bits = pack_ancestor_bits(visible)
         depths = torch.full_like(token_ids, depth)
 
-        def attend_window(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> torch.Tensor:
+        def attend_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self.window.write_tree(first_row, k, v)
             return hybrid_tree_attention(
                 q,
@@ -167,7 +167,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
                 window=self.window.window,
             )
 
-        def attend_target(q: torch.Tensor, *_: Any) -> torch.Tensor:
+        def attend_target(q: torch.Tensor) -> torch.Tensor:
             return hybrid_tree_attention(q, layer.keys, layer.values, rows, None, starts=starts, scale=scale)
 
         position_ids = torch.full_like(token_ids, self.root_position + depth)
@@ -176,11 +176,11 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         hidden = self.draft.layer(embeds, cos, sin, attend_window, attend_target)
         return self.draft.next_token_logits(hidden, self.bound.logits, token_ids, position_ids)
 
-    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, None]:
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """A chain for transformers' own loop: the longest path that begins with the draft's first choice.
 
-        Needs `chain_cache`, the cache that loop writes to. No logits are returned: the loop then accepts a token exactly
-        when the target itself chose it.
+        Needs `chain_cache`, the cache that loop writes to. No logits are returned: the loop then accepts a token
+        exactly when the target itself chose it.
         """
         token_ids = input_ids[0].tolist()
         if not len(self.index):
@@ -191,3 +191,6 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         path = longest_path_through(tree, node=1) if tree.num_nodes > 1 else []
         chain = tree.token_ids[:, path].to(input_ids.device)
         return torch.cat([input_ids, chain], dim=1), None
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Nothing to update: the tree's shape is fixed for a call."""

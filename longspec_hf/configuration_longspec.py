@@ -47,8 +47,8 @@ class LongSpecDraftConfig(PreTrainedConfig):
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # filled below
+    head_dim: int = None  # type: ignore[assignment]  # filled below
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
@@ -57,7 +57,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
     target_layer_idx: int = -1
     use_target_final_norm: bool = True
     draft_vocab_size: int | None = None
-    tree_shape: list[int] | None = None
+    tree_shape: list[int] = None  # type: ignore[assignment]  # filled below
     max_tree_nodes: int = 64
     ngram_branch_length: int = 8
     ngram_min_match: int = 2

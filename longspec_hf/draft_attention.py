@@ -44,7 +44,9 @@ def masked_attention(
     """Attention `[B, Hq, T, D]` under a boolean mask; a query that sees nothing yields exactly zero."""
     sees_any = mask.any(dim=-1, keepdim=True)
     # Softmax over an empty row is NaN, in the gradient too: let such a row see everything, then drop its output.
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | ~sees_any, scale=scale, enable_gqa=True)
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask | ~sees_any, scale=scale, enable_gqa=True
+    )
     return attended.masked_fill(~sees_any, 0.0)
 
 

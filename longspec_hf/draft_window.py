@@ -8,8 +8,8 @@ import torch
 class DraftWindow:
     """The last `window` committed rows of the draft's K/V, with room for the rows of one token tree behind them.
 
-    Rows stay in order of position, so a window is a distance in rows. Committed rows are appended; when twice the window
-    is full the last `window` rows move to the front, once every `window` tokens. Bytes never change.
+    Rows stay in order of position, so a window is a distance in rows. Committed rows are appended; when twice the
+    window is full the last `window` rows move to the front, once every `window` tokens. Bytes never change.
 
     Args:
         window: number of keys a query sees.
@@ -45,7 +45,9 @@ class DraftWindow:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Append committed rows `[B, Hkv, n, D]`; of more than `window` only the last ones are kept."""
-        keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
+        if keys.shape[2] >= self.window:
+            keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
+            self.length = 0  # nothing older is in any window, and rows must stay next to one another
         count = keys.shape[2]
         if self.length + count > 2 * self.window:
             kept = slice(self.length - self.window, self.length)

@@ -12,7 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
@@ -78,7 +85,7 @@ def _wrap_decoding(original: Callable) -> Callable:
                 "chain for it and leaves the rest to transformers' assisted generation."
             )
             return original(self, *args, assistant_model=assistant_model, **kwargs)
-        return _longspec_decoding(self, *args, draft=assistant_model, **kwargs)
+        return _longspec_decoding(assistant_model, self, *args, **kwargs)
 
     return _assisted_decoding
 
@@ -101,12 +108,12 @@ def _wrap_generator(original: Callable) -> Callable:
 
 
 def _longspec_decoding(
+    draft: LongSpecDraftModel,
     target: PreTrainedModel,
     input_ids: torch.LongTensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    draft: LongSpecDraftModel,
     synced_gpus: bool = False,
     streamer: Any = None,
     inputs_tensor: torch.Tensor | None = None,
@@ -114,11 +121,13 @@ def _longspec_decoding(
     tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Stands in for `GenerationMixin._assisted_decoding`; same arguments, same outputs."""
+    """Stands in for `GenerationMixin._assisted_decoding`; the same arguments behind the draft, the same outputs."""
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
     reason = _reason_for_plain(input_ids, generation_config, synced_gpus, model_kwargs)
-    if _rope_depends_on_length(target.config.get_text_config(decoder=True), input_ids.shape[1], generation_config.max_length):
+    if _rope_depends_on_length(
+        target.config.get_text_config(decoder=True), input_ids.shape[1], generation_config.max_length
+    ):
         reason = reason or "the target's rotary table changes with the length of the text"
     if reason is not None:
         logger.warning_once(f"LongSpec decodes this call without speculation: {reason}.")

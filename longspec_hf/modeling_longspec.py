@@ -31,8 +31,8 @@ from .draft_attention import (
     window_mask,
 )
 
-Attend = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
-"""Maps rotated queries, keys and values `[B, heads, T, D]` (keys, values `None` in cross-attention) to `[B, Hq, T, D]`."""
+Attend = Callable[..., torch.Tensor]
+"""Maps rotated queries (and, in self-attention, keys and values) `[B, heads, T, D]` to `[B, Hq, T, D]`."""
 
 
 @dataclass
@@ -102,8 +102,8 @@ class LongSpecMLP(nn.Module):
 class LongSpecDraftModel(PreTrainedModel):
     """The draft of a LongSpec pair; pass it as `target.generate(..., assistant_model=draft)`.
 
-    Saved tensors are the layer's weights and, with a draft vocabulary, the buffer `draft_token_ids` `[draft_vocab_size]`
-    that names the proposable tokens (token 0 .. draft_vocab_size - 1 when freshly initialised).
+    Saved tensors are the layer's weights and, with a draft vocabulary, the buffer `draft_token_ids`
+    `[draft_vocab_size]` that names the proposable tokens (token 0 .. draft_vocab_size - 1 when freshly initialised).
     """
 
     config_class = LongSpecDraftConfig
@@ -112,7 +112,7 @@ class LongSpecDraftModel(PreTrainedModel):
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["LongSpecDraftModel"]
+    _no_split_modules = ["LongSpecDraftModel"]  # noqa: RUF012 (read by transformers as a list)
 
     def __init__(self, config: LongSpecDraftConfig) -> None:
         super().__init__(config)
@@ -131,9 +131,9 @@ class LongSpecDraftModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # A checkpoint names its tokens; a fresh model on the meta device has lost the ones of `__init__`.
-        if module is self and self.config.draft_vocab_size is not None:
-            if not getattr(self.draft_token_ids, "_is_hf_initialized", False):
-                torch.arange(self.config.draft_vocab_size, out=self.draft_token_ids)
+        size = self.config.draft_vocab_size
+        if module is self and size is not None and not getattr(self.draft_token_ids, "_is_hf_initialized", False):
+            torch.arange(size, out=self.draft_token_ids)
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides: Any) -> LongSpecDraftModel:
@@ -156,9 +156,7 @@ class LongSpecDraftModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # collected and refused below, all at once
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         faults = [f"missing tensor `{name}`" for name in sorted(info["missing_keys"])]
         faults += [f"unexpected tensor `{name}`" for name in sorted(info["unexpected_keys"])]
         faults += [
@@ -186,13 +184,13 @@ class LongSpecDraftModel(PreTrainedModel):
             x: `[B, T, hidden]` target embeddings of the tokens.
             cos, sin: `[B, T, rotary_dim]` of the tokens' positions.
             attend_window: self-attention of rotated q, k, v.
-            attend_target: cross-attention of rotated q (k and v are passed as `None`).
+            attend_target: cross-attention of rotated q.
         """
         h = self.input_layernorm(x)
         q = self.self_attn.queries(h, cos, sin)
         x = x + self.self_attn.output(attend_window(q, *self.self_attn.keys_values(h, cos, sin)))
         q = self.cross_attn.queries(self.post_self_attention_layernorm(x), cos, sin)
-        x = x + self.cross_attn.output(attend_target(q, None, None))
+        x = x + self.cross_attn.output(attend_target(q))
         return x + self.mlp(self.post_cross_attention_layernorm(x))
 
     def window_keys_values(
@@ -216,8 +214,8 @@ class LongSpecDraftModel(PreTrainedModel):
         Args:
             hidden: `[B, k, hidden]` output of `layer`.
             head: the target's norm and head, over the draft vocabulary.
-            token_ids, position_ids: `[B, k]` of the nodes. A scripted draft, which knows the text beforehand, overrides
-                this method and needs nothing else.
+            token_ids, position_ids: `[B, k]` of the nodes. A scripted draft, which knows the text beforehand,
+                overrides this method and needs nothing else.
         """
         return head(hidden)
 
@@ -259,7 +257,9 @@ class LongSpecDraftModel(PreTrainedModel):
 
         cos, sin = position_embeddings
         if self.gradient_checkpointing and self.training:
-            hidden = self._gradient_checkpointing_func(self.layer, inputs_embeds, cos, sin, attend_window, attend_target)
+            hidden = self._gradient_checkpointing_func(
+                self.layer, inputs_embeds, cos, sin, attend_window, attend_target
+            )
         else:
             hidden = self.layer(inputs_embeds, cos, sin, attend_window, attend_target)
         return LongSpecDraftOutput(last_hidden_state=hidden)

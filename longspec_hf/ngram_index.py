@@ -1,8 +1,9 @@
-"""Index of the text so far, for the n-gram branch (prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding).
+"""Index of the text so far, for the n-gram branch (prompt lookup decoding by A. Saxena,
+github.com/apoorvumang/prompt-lookup-decoding).
 
-Works as the match finder of an LZ77 compressor: every position is chained to the last one that ended in the same pair of
-tokens, so that adding a token costs one dictionary access and a look-up walks a bounded number of chain links. The index
-lives on the host and holds two integers a token, like the token ids themselves.
+Works as the match finder of an LZ77 compressor: every position is chained to the last one that ended in the same pair
+of tokens, so that adding a token costs one dictionary access and a look-up walks a bounded number of chain links. The
+index lives on the host and holds two integers a token, like the token ids themselves.
 """
 
 from __future__ import annotations

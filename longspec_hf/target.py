@@ -1,4 +1,4 @@
-"""What a draft borrows from its target for one call: embeddings, rotary table, final norm, head and one layer's cache."""
+"""What a draft borrows from its target for one call: embeddings, rotary table, final norm, head, a layer's cache."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         ours, theirs = getattr(draft.config, name), getattr(expected, name)
         if ours != theirs:
             raise ValueError(
-                f"`assistant_model` does not fit the target: its `{name}` is {ours}, the target's is {theirs}. Load the "
-                f"draft made for this target (this one says {draft.config.target_name_or_path!r}) or train one."
+                f"`assistant_model` does not fit the target: its `{name}` is {ours}, the target's is {theirs}. Load "
+                f"the draft made for this target (this one says {draft.config.target_name_or_path!r}) or train one."
             )
     decoder = target.get_decoder()
     rotary = getattr(decoder, "rotary_emb", None)

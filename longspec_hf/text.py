@@ -13,13 +13,13 @@ INITIAL_ROOM = 1024
 class TextBuffer:
     """Ids of one sequence, `[1, length]`, appended in place so that a token costs no copy of the text."""
 
-    def __init__(self, input_ids: torch.LongTensor) -> None:
+    def __init__(self, input_ids: torch.Tensor) -> None:
         self.length = input_ids.shape[1]
         self._buffer = input_ids.new_empty(1, self.length + INITIAL_ROOM)
         self._buffer[:, : self.length] = input_ids
 
     @property
-    def ids(self) -> torch.LongTensor:
+    def ids(self) -> torch.Tensor:
         """View of the ids so far; tokens appended later do not change it."""
         return self._buffer[:, : self.length]
 
@@ -32,8 +32,8 @@ class TextBuffer:
 
 
 class TokenDrawer:
-    """Draws tokens from the target's logits: per token one processor call, one draw and one criteria call, in that order,
-    on the tensors plain decoding would pass. So equal seeds give equal texts.
+    """Draws tokens from the target's logits: per token one processor call, one draw and one criteria call, in that
+    order, on the tensors plain decoding would pass. So equal seeds give equal texts.
 
     Attributes:
         scores, logits: per drawn token, `[1, V]` each, where the configuration asks for them, else `None`.

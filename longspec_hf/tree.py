@@ -58,8 +58,8 @@ class TokenTree:
 def merge(root: torch.Tensor, beam: Beam, branch: torch.Tensor, max_nodes: int) -> TokenTree:
     """Join root, beam and one branch to a tree of at most `max_nodes` nodes.
 
-    The branch hangs below the root and shares the nodes it has in common with the beam. Root and branch are kept first,
-    then the beam's best-scored nodes; a node is never kept without its parent, whose score is at least as high.
+    The branch hangs below the root and shares the nodes it has in common with the beam. Root and branch are kept
+    first, then the beam's best-scored nodes; a node is never kept without its parent, whose score is at least as high.
 
     Args:
         root: `[B, 1]` newest committed token.
@@ -95,7 +95,7 @@ def merge(root: torch.Tensor, beam: Beam, branch: torch.Tensor, max_nodes: int) 
 
 
 def _shared_path(beam: Beam, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Beam nodes that lie on the branch: their mask `[B, N]`, the deepest one's index (-1: root) and depth `[B, 1]`."""
+    """Beam nodes on the branch: their mask `[B, N]`, the deepest one's index (-1: root) and depth `[B, 1]`."""
     batch_size, count = beam.token_ids.shape
     shared = torch.zeros(batch_size, count, dtype=torch.bool, device=branch.device)
     last = torch.full((batch_size, 1), -1, dtype=torch.long, device=branch.device)
@@ -149,7 +149,6 @@ def ancestor_matrix(parents: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         matrix |= matrix.gather(1, jump.unsqueeze(-1).expand(-1, -1, count))
         jump = jump.gather(1, jump)
     return matrix & valid.unsqueeze(-1)
-
 
 
 def longest_path_through(tree: TokenTree, node: int) -> list[int]:

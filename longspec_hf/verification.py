@@ -1,9 +1,9 @@
 """The walk: which nodes of a verified tree are committed.
 
 From the root on, the target's next token is drawn exactly as plain decoding draws it. The tree is only used to know
-whether the logits after that token are already there: if the token is a child of the current node the walk goes on from
-that child, else it ends. So the output is the target's own whatever the tree holds, and for a fixed set of candidates no
-rule accepts more.
+whether the logits after that token are already there: if the token is a child of the current node the walk goes on
+from that child, else it ends. So the output is the target's own whatever the tree holds, and for a fixed set of
+candidates no rule accepts more.
 """
 
 from __future__ import annotations

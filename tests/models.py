@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -13,7 +14,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM
 
 from longspec_hf import LongSpecDraftConfig, LongSpecDraftModel
 
@@ -45,7 +45,9 @@ FAMILIES = {
 }
 
 
-def tiny_target(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> PreTrainedModel:
+def tiny_target(
+    family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
+) -> PreTrainedModel:
     """A random target of about 20 000 parameters; overrides go to its configuration."""
     config_class, extra = FAMILIES[family]
     attention = overrides.pop("attn_implementation", None)

@@ -171,7 +171,11 @@ def test_an_error_leaves_the_cache_as_it_was(target):
 
     with pytest.raises(RuntimeError, match="from the user"):
         target.generate(
-            longer, max_new_tokens=20, do_sample=False, assistant_model=learned(target), logits_processor=[Fails()],
+            longer,
+            max_new_tokens=20,
+            do_sample=False,
+            assistant_model=learned(target),
+            logits_processor=[Fails()],
             **{CACHE_ARG: cache},
         )
     assert cache.get_seq_length() == before
@@ -186,7 +190,11 @@ def test_a_cache_that_has_forgotten_rows_is_left_to_plain():
     longer = torch.cat([ids, prompt(4)], dim=1)
     plain = model.generate(longer, max_new_tokens=8, do_sample=False, **{CACHE_ARG: copy.deepcopy(cache)})
     out = model.generate(
-        longer, max_new_tokens=8, do_sample=False, assistant_model=learned(model), return_dict_in_generate=True,
+        longer,
+        max_new_tokens=8,
+        do_sample=False,
+        assistant_model=learned(model),
+        return_dict_in_generate=True,
         **{CACHE_ARG: cache},
     )
     assert torch.equal(plain, out.sequences)

@@ -26,7 +26,12 @@ def test_logits_of_a_long_prompt_equal_one_teacher_forced_forward(target):  # C0
     ids = prompt(700, seed=3)
     draft = scripted(target, ids, 64, "noisy")
     out = target.generate(
-        ids, max_new_tokens=64, do_sample=False, assistant_model=draft, output_logits=True, return_dict_in_generate=True
+        ids,
+        max_new_tokens=64,
+        do_sample=False,
+        assistant_model=draft,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     expected = target(out.sequences).logits[0, 699:-1]
     assert (torch.cat(out.logits) - expected).abs().max() < LOGIT_TOLERANCE

@@ -108,7 +108,7 @@ def test_a_draft_of_another_target_is_refused_before_any_forward(target, field, 
 
 
 def test_another_dtype_is_refused(target):
-    with pytest.raises(ValueError, match="bfloat16.*float32"):
+    with pytest.raises(ValueError, match=r"bfloat16.*float32"):
         target.generate(prompt(5), max_new_tokens=3, assistant_model=learned(target).to(torch.bfloat16))
 
 

@@ -1,4 +1,4 @@
-"""Sampling: equal seeds give plain `generate`'s ids; the distribution is the target's; processors see what they expect."""
+"""Sampling: equal seeds give plain `generate`'s ids; the distribution is the target's; processors see one path."""
 
 import pytest
 import torch
@@ -245,7 +245,9 @@ def test_balanced_brackets_stay_legal(target):  # C42
     kwargs = {"max_new_tokens": 40, "do_sample": False, "prefix_allowed_tokens_fn": allowed}
     plain = target.generate(ids, **kwargs)
     for script in (plain, prompt(42)):  # the second proposes illegal children all the time
-        assert torch.equal(plain, target.generate(ids, assistant_model=ScriptedDraft(target, script, "oracle"), **kwargs))
+        assert torch.equal(
+            plain, target.generate(ids, assistant_model=ScriptedDraft(target, script, "oracle"), **kwargs)
+        )
 
 
 class Spy(LogitsProcessor):
@@ -277,6 +279,8 @@ def test_acceptance_does_not_depend_on_the_draft(target):
         draft = scripted(target, ids, 4, mode, tree_shape=[2])
         torch.manual_seed(row)
         for _ in range(150):
-            table[row, target.generate(ids, max_new_tokens=2, do_sample=True, top_k=6, assistant_model=draft)[0, 7]] += 1
+            table[
+                row, target.generate(ids, max_new_tokens=2, do_sample=True, top_k=6, assistant_model=draft)[0, 7]
+            ] += 1
     table = table[:, table.sum(0) >= 10]
     assert chi2_contingency(table).pvalue > P_VALUE

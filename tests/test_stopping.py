@@ -34,7 +34,9 @@ def test_eos_lists_in_either_order_and_a_draft_with_its_own(target):  # C26
         assert torch.equal(target.generate(ids, **kwargs), target.generate(ids, assistant_model=draft, **kwargs))
 
 
-@pytest.mark.parametrize("limit", [{"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_new_tokens": 3}, {"max_length": 11}])
+@pytest.mark.parametrize(
+    "limit", [{"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_new_tokens": 3}, {"max_length": 11}]
+)
 def test_a_block_longer_than_the_budget(target, limit):  # C31
     ids = prompt(10)
     draft = scripted(target, ids, 20, "oracle", tree_shape=[16] * DEPTH, max_tree_nodes=128)

@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all a fresh machine needs: both set up the same virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin/
+INSTALLED = $(VENV)/.installed
+OLDEST = $(VENV)/oldest
+
+.PHONY: demo test test-newest test-oldest lint clean
+
+demo: $(INSTALLED)
+	$(BIN)python examples/demo.py
+
+test: lint test-newest test-oldest
+
+test-newest: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)python -m pytest -n 2
+
+# A short run with the oldest supported transformers, which lies in a folder of its own before the newest.
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)python -m pytest -n 2 tests/test_hook.py tests/test_cache.py tests/test_stopping.py \
+		tests/test_modeling.py tests/test_stats.py tests/test_memory.py
+
+lint: $(INSTALLED)
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+
+$(INSTALLED): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)python -m pip install --quiet --constraint constraints.txt --editable '.[embedded,train,triton,dev]'
+	touch $@
+
+$(OLDEST)/.installed: $(INSTALLED) constraints-oldest.txt
+	$(BIN)python -m pip install --quiet --upgrade --target $(OLDEST) --constraint constraints-oldest.txt transformers
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
