@@ -5,6 +5,7 @@ Kept beside the fused kernel so that the two can be compared on one card.
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
@@ -31,21 +32,25 @@ def hybrid_tree_attention_flash(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     packed: bool = False,
+    host_lens: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """`hybrid_tree_attention_reference` without windows, as the paper computes it.
 
     Args:
         packed: hand the query heads of a K/V head to the prefix kernel as rows of one head (the paper
             does not); False is the paper's scheme.
+        host_lens: `prefix_lens` as the caller knows them, to spare PyTorch's kernel the wait (below).
 
     Others, and the result, as in `hybrid_tree_attention_reference`; fp16 and bf16. With flash-attn all
-    lengths are read on the device; PyTorch's kernel takes views cut on the host, so it waits for the
-    device and cannot be captured with changing lengths.
+    lengths are read on the device; PyTorch's kernel takes views cut on the host, so without `host_lens`
+    it waits for the device, and it cannot be captured with changing lengths.
 
     Source: LongSpec (arXiv 2502.17421), hybrid tree attention.
     """
     batch, heads, nodes, head_dim = query.shape
-    prefix_out, prefix_lse = prefix_attention(query, key, value, prefix_lens, starts, scale, softcap, packed)
+    prefix_out, prefix_lse = prefix_attention(
+        query, key, value, prefix_lens, starts, scale, softcap, packed, host_lens
+    )
     out = torch.empty(batch, nodes, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     tree_out = query.new_empty((batch, nodes, heads, head_dim), dtype=torch.float32)
     tree_lse = query.new_empty((batch, nodes, heads), dtype=torch.float32)
@@ -101,6 +106,7 @@ def prefix_attention(
     scale: float,
     softcap: float | None,
     packed: bool,
+    host_lens: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows `[start, prefix_len)` by a flash kernel.
 
@@ -131,7 +137,7 @@ def prefix_attention(
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
         begins = [0] * batch if starts is None else starts.tolist()
-        for b, (begin, end) in enumerate(zip(begins, prefix_lens.tolist(), strict=True)):
+        for b, (begin, end) in enumerate(zip(begins, host_lens or prefix_lens.tolist(), strict=True)):
             if end > begin:
                 part = torch.ops.aten._scaled_dot_product_flash_attention(
                     query[b : b + 1], key[b : b + 1, :, begin:end], value[b : b + 1, :, begin:end], scale=scale

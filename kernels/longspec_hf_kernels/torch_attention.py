@@ -1,14 +1,19 @@
 """Hybrid tree attention in plain PyTorch: the CPU's production path, correct on any device."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .masks import tree_visibility
 from .merge import apply_sinks, explicit_attention, merge_attention
+from .row_mask import build_row_mask, masked_attention
 
 # Rows handled at once where no fused kernel applies: the fp32 copies of K and V stay this small.
 CHUNK_ROWS = 2048
+# Query rows times K/V rows up to which one masked call is cheaper than parts and their merge: the mask is
+# read with every score, the merge costs a fixed time.
+MASKED_SCORES = 2**18
 
 
 def hybrid_tree_attention_torch(
@@ -25,15 +30,20 @@ def hybrid_tree_attention_torch(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    shared: dict[Any, Any] | None = None,
 ) -> torch.Tensor:
     """`hybrid_tree_attention_reference` without its masks over the prefix and without copies of K and V.
 
-    Per sequence: the prefix rows that every node sees go to PyTorch's fused CPU kernel, which
+    Short problems on the CPU are one call of PyTorch's fused kernel with a mask. For others, per
+    sequence: the prefix rows that every node sees go to PyTorch's fused CPU kernel, which
     returns the log-sum-exp too and needs no mask; the few rows whose visibility differs between
     nodes (tree rows, the edge of a window) are done explicitly; both merge by log-sum-exp. The
     query heads of a K/V head are its query rows, so K and V are read once and never repeated.
 
-    Arguments, shapes and result as in `hybrid_tree_attention_reference`. Reads the lengths on the
+    Args:
+        shared: see `hybrid_tree_attention`.
+
+    Other arguments, shapes and result as in `hybrid_tree_attention_reference`. Reads the lengths on the
     host: on an accelerator this waits for it, and cannot be captured in a graph.
 
     Raises:
@@ -42,8 +52,10 @@ def hybrid_tree_attention_torch(
     batch, heads, nodes, size = query.shape
     kv_heads, capacity = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    prefixes = prefix_lens.tolist()
-    begins = [0] * batch if starts is None else starts.tolist()
+    shared = {} if shared is None else shared
+    if "rows" not in shared:
+        shared["rows"] = ([0] * batch if starts is None else starts.tolist(), prefix_lens.tolist())
+    begins, prefixes = shared["rows"]
     sink = None if sinks is None else sinks.view(kv_heads, group, 1).expand(-1, -1, nodes).flatten(1)
     out = torch.empty(batch, nodes, heads, size, dtype=query.dtype, device=query.device).transpose(1, 2)
     if out.numel() == 0:
@@ -56,6 +68,19 @@ def hybrid_tree_attention_torch(
                 "allocate a larger buffer."
             )
         q = query[b].reshape(kv_heads, group * nodes, size)
+        most_rows = prefix - begin + (0 if ancestor_bits is None else 64 * ancestor_bits.shape[-1])
+        plain = query.device.type == "cpu" and softcap is None and sink is None and _unit_strides(q, key, value)
+        if plain and group * nodes * (min(most_rows, window + nodes) if window else most_rows) <= MASKED_SCORES:
+            name = (b, window, group, query.dtype)
+            if name not in shared:
+                bits, depth, key_depth = (None if t is None else t[b] for t in (ancestor_bits, depths, key_depths))
+                shared[name] = build_row_mask(begin, prefix, bits, depth, key_depth, window, group, query.dtype)
+            mask = shared[name]
+            if mask is not None and mask.end <= capacity:
+                part = masked_attention(q, key[b], value[b], mask, scale)
+                if part is not None:
+                    out[b] = part.view(heads, nodes, size)
+                    continue
         clear, edge = begin, begin
         depth = None if depths is None else depths[b]
         if window is not None and depth is not None:
@@ -94,8 +119,7 @@ def _prefix_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Rows every node sees: one fused call where PyTorch has one, else chunks of explicit softmax."""
-    unit_strides = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    if softcap is None and unit_strides and (kernel := _fused_kernel(query)) is not None:
+    if softcap is None and _unit_strides(query, key, value) and (kernel := _fused_kernel(query)) is not None:
         # What F.scaled_dot_product_attention calls, called directly because only this form returns the
         # log-sum-exp. It reads strided views in place.
         result = kernel(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), scale=scale)
@@ -104,6 +128,10 @@ def _prefix_parts(
         explicit_attention(query, k, v, None, scale=scale, softcap=softcap)
         for k, v in zip(key.split(CHUNK_ROWS, dim=1), value.split(CHUNK_ROWS, dim=1), strict=True)
     ]
+
+
+def _unit_strides(*tensors: torch.Tensor) -> bool:
+    return all(t.stride(-1) == 1 for t in tensors)
 
 
 def _fused_kernel(query: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]] | None:

@@ -219,8 +219,8 @@ def combine_splits_kernel(
         tl.extra.cuda.gdc_wait()  # launched before the splits have finished: see triton_attention
     first = slot.to(tl.int64) * num_splits
     splits = tl.arange(0, MAX_SPLITS)
-    lse = tl.load(partial_lse + first + splits, mask=splits < num_splits, other=float("-inf"))
-    top = tl.max(lse, 0)
+    every_lse = tl.load(partial_lse + first + splits, mask=splits < num_splits, other=float("-inf"))
+    top = tl.max(every_lse, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = shift * 0.0
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)

@@ -101,3 +101,27 @@ def test_no_nodes_and_no_sequences_give_empty_results():
         None,
         scale=1.0,
     ).shape == (2, 4, 0, 16)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_layers_of_a_round_share_what_depends_on_the_tree_alone(window):
+    case = make_case(prefixes=[40, 21], starts=[3, 0], nodes=6, tree_keys=9, window=window, strided=False)
+    query, key, value, *rest = case.arguments
+    key, value = key.nan_to_num(0.5), value.nan_to_num(0.5)
+    shared: dict = {}
+    for layer in range(3):
+        expected = hybrid_tree_attention(query + layer, key, value, *rest, **case.options)
+        assert torch.equal(
+            hybrid_tree_attention(query + layer, key, value, *rest, **case.options, shared=shared), expected
+        )
+    assert shared
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_rows_that_nobody_sees_are_not_used_whatever_they_hold(poison):
+    """The one masked call would let them through a weight of 0."""
+    case = make_case(prefixes=[30], nodes=3, tree_keys=20)
+    query, key, value, *rest = case.arguments
+    clean = hybrid_tree_attention(query, key.nan_to_num(0.5), value.nan_to_num(0.5), *rest, **case.options)
+    poisoned = hybrid_tree_attention(query, key.nan_to_num(poison), value.nan_to_num(poison), *rest, **case.options)
+    assert relative_error(poisoned, clean) < TOLERANCE[torch.float32]
