@@ -54,11 +54,19 @@ class Run:
     tau: float | None
 
 
-def run(name: str, target: PreTrainedModel, inputs: dict, seed: int, **kwargs) -> Run:
+def run(
+    name: str,
+    target: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    seed: int,
+    settings: dict,
+    draft: LongSpecDraftModel | None = None,
+) -> Run:
     """Time one `generate` call; decoding speed counts the tokens after the first put."""
     clock = Clock()
     torch.manual_seed(seed)
-    output = target.generate(**inputs, streamer=clock, return_dict_in_generate=True, **kwargs)
+    config = GenerationConfig(**{**target.generation_config.to_diff_dict(), **settings})
+    output = target.generate(**inputs, streamer=clock, generation_config=config, assistant_model=draft)
     seconds, tokens = clock.last - clock.first, sum(clock.puts[2:])
     stats: SpeculationStats | None = getattr(output, "speculation_stats", None)
     tau = stats.tau if stats else sum(clock.puts[2:]) / max(1, len(clock.puts) - 2)
@@ -93,17 +101,21 @@ def main() -> None:
     target, tokenizer = load_embedded_target()
     draft, description = load_draft(target)
     inputs = build_prompt(tokenizer, args.prompt_tokens)
-    kwargs = {"max_new_tokens": args.new_tokens, "do_sample": args.sample, "repetition_penalty": 1.1}
-    if args.sample:
-        kwargs["temperature"] = 0.8
+    plain = {
+        "max_new_tokens": args.new_tokens,
+        "do_sample": args.sample,
+        "temperature": 0.8 if args.sample else None,
+        "repetition_penalty": 1.1,  # this small model repeats itself under greedy decoding
+        "return_dict_in_generate": True,
+    }
     trees = {"tree_shape": args.tree_shape, "max_tree_nodes": args.max_tree_nodes}
-    settings = GenerationConfig(**{name: value for name, value in trees.items() if value is not None})
+    trees = {name: value for name, value in trees.items() if value is not None}
     print(f"SmolLM2-135M-Instruct, fp32, {target.device}, {torch.get_num_threads()} threads; {description}.")
     print(f"Prompt of {inputs['input_ids'].shape[1]} tokens, {args.new_tokens} new ones.")
     runs = [
-        run("plain generate", target, inputs, args.seed, **kwargs),
-        run("prompt lookup", target, inputs, args.seed, prompt_lookup_num_tokens=10, **kwargs),
-        run("LongSpec", target, inputs, args.seed, assistant_model=draft, generation_config=settings, **kwargs),
+        run("plain generate", target, inputs, args.seed, plain),
+        run("prompt lookup", target, inputs, args.seed, {**plain, "prompt_lookup_num_tokens": 10}),
+        run("LongSpec", target, inputs, args.seed, {**plain, **trees}, draft),
     ]
     print(f"\n{'':16}{'equal':>7}{'tau':>7}{'prefill s':>11}{'tokens/s':>10}{'speed':>8}")
     for result in runs:

@@ -34,6 +34,8 @@ class LongSpecDraftConfig(PreTrainedConfig):
         max_tree_nodes: nodes verified in one target forward, the root included.
         ngram_branch_length: longest branch copied from the context, in tokens; 0 turns the branch off.
         ngram_min_match: shortest run of tokens that must have occurred before for a branch to be copied.
+        recheck_near_ties: whether greedy decoding decides positions whose two best scores nearly tie by a one-token
+            forward, as plain decoding does; for bf16 and fp16 targets.
         target_name_or_path: the model this draft was trained for.
         initializer_range: standard deviation of freshly initialised weights.
 
@@ -61,6 +63,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
     max_tree_nodes: int = 64
     ngram_branch_length: int = 8
     ngram_min_match: int = 2
+    recheck_near_ties: bool = False
     target_name_or_path: str | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -75,7 +78,13 @@ class LongSpecDraftConfig(PreTrainedConfig):
         self.tree_shape = list(DEFAULT_TREE_SHAPE if self.tree_shape is None else self.tree_shape)
         super().__post_init__(**kwargs)
         self.validate_sizes()
-        validate_tree_settings(self.tree_shape, self.max_tree_nodes, self.ngram_branch_length, self.ngram_min_match)
+        validate_tree_settings(
+            self.tree_shape,
+            self.max_tree_nodes,
+            self.ngram_branch_length,
+            self.ngram_min_match,
+            self.recheck_near_ties,
+        )
 
     def validate_sizes(self) -> None:
         """Check the sizes of the layer."""
@@ -138,7 +147,11 @@ class LongSpecDraftConfig(PreTrainedConfig):
 
 
 def validate_tree_settings(
-    tree_shape: list[int], max_tree_nodes: int, ngram_branch_length: int, ngram_min_match: int
+    tree_shape: list[int],
+    max_tree_nodes: int,
+    ngram_branch_length: int,
+    ngram_min_match: int,
+    recheck_near_ties: bool = False,
 ) -> None:
     """Check the settings of the token tree; raises a ValueError that names the setting."""
     if isinstance(tree_shape, (str, bytes)) or not hasattr(tree_shape, "__iter__"):
@@ -152,6 +165,8 @@ def validate_tree_settings(
     _expect_int("max_tree_nodes", max_tree_nodes, minimum=1)
     _expect_int("ngram_branch_length", ngram_branch_length, minimum=0)
     _expect_int("ngram_min_match", ngram_min_match, minimum=1)
+    if not isinstance(recheck_near_ties, bool):
+        raise ValueError(f"`recheck_near_ties` must be True or False, got {recheck_near_ties!r}.")
 
 
 def _expect_int(name: str, value: Any, minimum: int) -> None:

@@ -12,17 +12,20 @@ from .candidate_generator import LongSpecCandidateGenerator
 from .stats import SpeculationStats
 from .text import TokenDrawer
 from .tree import TokenTree
-from .verification import walk
+from .verification import Draw, walk
 
 
 class TargetRunner(Protocol):
-    """The target's two forwards."""
+    """The target's forwards."""
 
     def prefill(self) -> torch.Tensor:
         """Read the prompt into the cache; logits `[1, V]` of its last token."""
 
     def verify(self, tree: TokenTree, root_position: int) -> torch.Tensor:
         """Run the tree's nodes, whose rows go behind the cache's; logits `[T, V]`."""
+
+    def step(self, token: torch.Tensor, position: int) -> torch.Tensor:
+        """Run one token `[1]` as plain decoding runs it, its row behind the cache's; logits `[1, V]`."""
 
 
 def decode(
@@ -77,17 +80,25 @@ def _decode(
         # Plain decoding would not read a token at position max_length - 1 or later, so no tree does.
         tree = generator.propose(cache, starts, max_depth=max_length - text.length - 1)
         logits = target.verify(tree, generator.root_position)
-        result = walk(*tree.path_lists(), _node_drawer(drawer, logits))
+        result = walk(*tree.path_lists(), _node_drawer(drawer, logits, generator.settings.recheck_near_ties))
         cache.commit(result.visited, tree.num_nodes)
-        generator.append(result.tokens)
-        stats.add_round(drafted=tree.num_nodes - 1, committed=len(result.tokens))
-        stopped = result.stopped
+        tokens, stopped = result.tokens, result.stopped
+        if result.undecided:
+            cache.crop(-1)
+            logits = target.step(text.ids[0, -1:], generator.root_position + len(tokens))
+            token, stopped = drawer.draw(logits)
+            tokens.append(token)
+            stats.rechecks += 1
+        generator.append(tokens)
+        stats.add_round(drafted=tree.num_nodes - 1, committed=len(tokens))
     stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
     return stats
 
 
-def _node_drawer(drawer: TokenDrawer, logits: torch.Tensor):
+def _node_drawer(drawer: TokenDrawer, logits: torch.Tensor, leave_near_ties: bool) -> Draw:
     """The walk's `draw`: from a node's row of the logits `[T, V]`."""
+    if leave_near_ties:
+        return lambda node: drawer.draw_unless_tied(logits[node : node + 1])
     if not drawer.is_plain_argmax:
         return lambda node: drawer.draw(logits[node : node + 1])
     # In fp32, as plain decoding compares them: in fp64 two logits may differ that are equal there.

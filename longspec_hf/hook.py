@@ -198,6 +198,21 @@ class _Runner:
         outputs = self.target._prefill(self.input_ids, self.generation_config, self.model_kwargs)
         return outputs.logits[:, -1]
 
+    def step(self, token: torch.Tensor, position: int) -> torch.Tensor:
+        mask = None
+        if self.starts is not None:
+            rows = torch.arange(self.cache.get_seq_length() + 1, device=token.device)
+            mask = (rows >= self.starts.unsqueeze(1)).long()
+        outputs = self.target(
+            input_ids=token.unsqueeze(0),
+            position_ids=torch.full((1, 1), position, device=token.device),
+            attention_mask=mask,
+            use_cache=True,
+            return_dict=True,
+            **{CACHE_ARG: self.cache},
+        )
+        return outputs.logits[:, -1]
+
     def verify(self, tree: TokenTree, root_position: int) -> torch.Tensor:
         device = tree.token_ids.device
         # A mask of four dimensions is passed on as it is; ours is in the metadata.

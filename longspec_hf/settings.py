@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import GenerationConfig
 
 from .configuration_longspec import validate_tree_settings
 from .modeling_longspec import LongSpecDraftModel
 
-TREE_SETTINGS = ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match")
+TREE_SETTINGS = ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match", "recheck_near_ties")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class TreeSettings:
     max_tree_nodes: int
     ngram_branch_length: int
     ngram_min_match: int
+    recheck_near_ties: bool = False
 
     @property
     def max_nodes(self) -> int:
@@ -34,11 +35,10 @@ class TreeSettings:
     def limited_to(self, depth: int) -> TreeSettings:
         """The same settings with no node deeper than `depth`."""
         depth = max(0, depth)
-        return TreeSettings(
-            self.tree_shape[:depth],
-            self.max_tree_nodes,
-            min(self.ngram_branch_length, depth),
-            self.ngram_min_match,
+        return replace(
+            self,
+            tree_shape=self.tree_shape[:depth],
+            ngram_branch_length=min(self.ngram_branch_length, depth),
         )
 
 

@@ -13,6 +13,7 @@ class SpeculationStats:
 
     Attributes:
         rounds: target forwards after the prefill.
+        rechecks: further forwards of one token each, which decided near-ties (`recheck_near_ties`).
         drafted: tree nodes verified, without the roots.
         committed: new tokens of the output, all of them.
         committed_by_prefill: those of them that came from the prefill's logits (1 a sequence), not from a round.
@@ -22,6 +23,7 @@ class SpeculationStats:
     """
 
     rounds: int = 0
+    rechecks: int = 0
     drafted: int = 0
     committed: int = 0
     committed_by_prefill: int = 0
@@ -33,7 +35,8 @@ class SpeculationStats:
     @property
     def tau(self) -> float:
         """Mean tokens committed per target forward after the prefill, the target's own (bonus) token counted."""
-        return (self.committed - self.committed_by_prefill) / self.rounds if self.rounds else 0.0
+        forwards = self.rounds + self.rechecks
+        return (self.committed - self.committed_by_prefill) / forwards if forwards else 0.0
 
     @property
     def tokens_per_second(self) -> float:

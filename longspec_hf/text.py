@@ -8,6 +8,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 INITIAL_ROOM = 1024
+NEAR_TIE_ULPS = 4
+"""Units in the last place within which two scores count as a near-tie: twice what one rounding more can move each."""
 
 
 class TextBuffer:
@@ -63,9 +65,24 @@ class TokenDrawer:
 
     def draw(self, logits: torch.Tensor) -> tuple[int, bool]:
         """Draw the next token from the target's logits `[1, V]`; returns it and whether generation ends there."""
+        return self._choose(*self._process(logits))
+
+    def draw_unless_tied(self, logits: torch.Tensor) -> tuple[int, bool] | None:
+        """Like `draw`, but where greedy decoding meets a near-tie nothing is drawn and `None` is returned.
+
+        The processors are called again when that position is decided.
+        """
+        raw, processed = self._process(logits)
+        if not self.do_sample and bool(near_ties(processed, logits.dtype)):
+            return None
+        return self._choose(raw, processed)
+
+    def _process(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Plain decoding processes an fp32 copy on the ids' device.
         raw = logits.to(copy=True, dtype=torch.float32, device=self.text.ids.device)
-        processed = self.logits_processor(self.text.ids, raw)
+        return raw, self.logits_processor(self.text.ids, raw)
+
+    def _choose(self, raw: torch.Tensor, processed: torch.Tensor) -> tuple[int, bool]:
         if self.scores is not None:
             self.scores += (processed,)
         if self.logits is not None:
@@ -83,3 +100,10 @@ class TokenDrawer:
         if self.streamer is not None:
             self.streamer.put(token.cpu())
         return int(token), stop
+
+
+def near_ties(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where the two best fp32 scores `[..., V]` lie within `NEAR_TIE_ULPS` units in the last place of `dtype`."""
+    best, second = scores.topk(2, dim=-1).values.unbind(-1)
+    spacing = torch.exp2(torch.floor(torch.log2(best.abs().clamp(min=1e-30)))) * torch.finfo(dtype).eps
+    return best - second < NEAR_TIE_ULPS * spacing

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Draw = Callable[[int], tuple[int, bool]]
-"""Draws the token after a node, appends it to the text and says `(token, stop)`."""
+Draw = Callable[[int], tuple[int, bool] | None]
+"""Draws the token after a node, appends it to the text and says `(token, stop)`; `None` leaves it undecided."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,15 @@ class Walk:
 
     Attributes:
         visited: nodes whose tokens are part of the text, the root first; their cache rows are to be kept.
-        tokens: newly drawn tokens, one per visited node; the last one has no cache row yet.
+        tokens: newly drawn tokens, one per visited node that is decided; the last one has no cache row yet.
         stopped: whether a stopping criterion ended generation.
+        undecided: whether the token after the last visited node is still to be drawn.
     """
 
     visited: list[int]
     tokens: list[int]
     stopped: bool
+    undecided: bool = False
 
 
 def walk(token_ids: list[int], parents: list[int], draw: Draw) -> Walk:
@@ -38,9 +40,13 @@ def walk(token_ids: list[int], parents: list[int], draw: Draw) -> Walk:
         draw: called once per committed position, in order of the text.
     """
     children = {(parents[i], token_ids[i]): i for i in range(len(token_ids) - 1, 0, -1)}
-    visited, tokens = [0], []
+    visited: list[int] = [0]
+    tokens: list[int] = []
     while True:
-        token, stop = draw(visited[-1])
+        drawn = draw(visited[-1])
+        if drawn is None:
+            return Walk(visited, tokens, False, undecided=True)
+        token, stop = drawn
         tokens.append(token)
         child = children.get((visited[-1], token))
         if stop or child is None:

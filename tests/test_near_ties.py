@@ -1,7 +1,10 @@
 """bf16: verification multiplies other shapes than one-token decoding, so the target's near-ties may fall otherwise."""
 
+import pytest
 import torch
-from models import learned, prompt, tiny_target
+from models import ScriptedDraft, learned, prompt, tiny_target
+
+from longspec_hf.text import near_ties
 
 ULPS = 2  # a gap of two units in the last place of bf16 is within the rounding of one product
 
@@ -11,19 +14,61 @@ def bf16_ulp(x: torch.Tensor) -> torch.Tensor:
     return torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=1e-30))) - 7)
 
 
-def test_a_first_difference_lies_at_a_near_tie():  # C03
+@pytest.mark.parametrize("recheck", [False, True])
+def test_a_first_difference_lies_at_a_near_tie(recheck):  # C03
     model = tiny_target(dtype=torch.bfloat16)
-    draft = learned(model, tree_shape=[3, 3])
-    equal, gaps = 0, []
+    draft = learned(model, tree_shape=[3, 3], recheck_near_ties=recheck)
+    equal, rechecks, gaps = 0, 0, []
     for seed in range(30):
         ids = prompt(5 + seed, seed=seed)
         plain = model.generate(ids, max_new_tokens=40, do_sample=False)
-        ours = model.generate(ids, max_new_tokens=40, do_sample=False, assistant_model=draft)
-        if torch.equal(plain, ours):
+        out = model.generate(
+            ids, max_new_tokens=40, do_sample=False, assistant_model=draft, return_dict_in_generate=True
+        )
+        rechecks += out.speculation_stats.rechecks
+        if torch.equal(plain, out.sequences):
             equal += 1
             continue
-        first = int((plain != ours).flatten().nonzero()[0])
+        first = int((plain != out.sequences).flatten().nonzero()[0])
         top = model(plain[:, :first]).logits[0, -1].topk(2).values.detach()
         gaps.append((seed, first, float((top[0] - top[1]) / bf16_ulp(top[0]))))
     assert all(gap < ULPS for *_, gap in gaps), gaps
-    assert equal > 10
+    assert equal >= 25, gaps
+    assert (rechecks > 0) == recheck
+
+
+def test_near_ties_are_measured_in_units_of_the_targets_dtype():
+    one = torch.tensor([[8.0, 7.9, 1.0]])
+    assert near_ties(one, torch.bfloat16).item() and not near_ties(one, torch.float32).item()
+    assert not near_ties(torch.tensor([[8.0, 7.7, 1.0]]), torch.bfloat16).item()
+
+
+def test_rechecking_in_fp32_changes_nothing(target):
+    ids = prompt(10)
+    plain = target.generate(ids, max_new_tokens=60, do_sample=False)
+    for kwargs in ({}, {"repetition_penalty": 1.3}):
+        plain = target.generate(ids, max_new_tokens=60, do_sample=False, **kwargs)
+        draft = ScriptedDraft(target, plain, "noisy", recheck_near_ties=True)
+        assert torch.equal(
+            plain, target.generate(ids, max_new_tokens=60, do_sample=False, assistant_model=draft, **kwargs)
+        )
+
+
+def test_positions_decided_again_are_those_of_plain(target, monkeypatch):
+    """With every position called a near-tie each token is drawn from a one-token forward."""
+    monkeypatch.setattr("longspec_hf.text.NEAR_TIE_ULPS", float("inf"))
+    ids = prompt(10)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(13) >= 3).long().unsqueeze(0)
+    plain = target.generate(ids, max_new_tokens=30, do_sample=False)
+    draft = ScriptedDraft(target, plain, "oracle", recheck_near_ties=True)
+    out = target.generate(
+        padded,
+        attention_mask=mask,
+        max_new_tokens=30,
+        do_sample=False,
+        assistant_model=draft,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(out.sequences[:, 3:], plain)
+    assert out.speculation_stats.rechecks == out.speculation_stats.rounds == 29
