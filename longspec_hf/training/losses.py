@@ -130,19 +130,19 @@ def _chunk(hidden, teacher_hidden, labels, mask, weight, bias, softcap, ce_weigh
     counts = labels != IGNORED
     index = labels.clamp(min=0).unsqueeze(-1)
     ce = -(log_q.gather(-1, index).squeeze(-1) * counts).sum()
-    q = log_q.exp()
-    scale = ce_weight * counts.to(q.dtype).unsqueeze(-1)
+    ce_scale = ce_weight * counts.to(log_q.dtype).unsqueeze(-1)
     if kl_weight:
+        kl_scale = kl_weight * mask.to(log_q.dtype).unsqueeze(-1)
         log_p = head.logits(teacher_hidden).log_softmax(-1)
         p = log_p.exp()
         kl = ((p * (log_p - log_q)).sum(-1) * mask).sum()
-        gradient = (q - p) * (kl_weight * mask.to(q.dtype)).unsqueeze(-1) + q * scale
+        gradient = log_q.exp_().mul_(ce_scale + kl_scale).sub_(p.mul_(kl_scale))
     else:
         kl = torch.zeros_like(ce)
-        gradient = q * scale
-    gradient = gradient.scatter_add(-1, index, -scale)
+        gradient = log_q.exp_().mul_(ce_scale)
+    gradient = gradient.scatter_add_(-1, index, -ce_scale)
     if softcap is not None:
-        gradient = gradient * (1 - (logits / softcap) ** 2)
+        gradient = gradient.mul_(1 - (logits / softcap) ** 2)
     return torch.stack([ce, kl]), gradient.to(weight.dtype) @ weight
 
 
