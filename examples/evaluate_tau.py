@@ -14,7 +14,8 @@
     python examples/evaluate_tau.py measure --target embedded --texts data/texts.jsonl \
         --draft model_cards/longspec-smollm2-135m-instruct --csv docs/benchmarks/training_tau.csv
 
-Outputs are the target's whatever the draft proposes, so step 3 replays them: it runs the draft along the text and counts
+Outputs are the target's whatever the draft proposes, so step 3 replays them: it runs the draft along the text and
+counts
 what `generate(assistant_model=draft)` would have counted. `measure --real` calls `generate` itself and compares.
 """
 
@@ -152,9 +153,8 @@ def _compare(draft, target, evaluator: TauEvaluator, rows: list[dict]) -> None:
             setattr(call, name, list(value) if isinstance(value, tuple) else value)
         output = target.generate(ids, generation_config=call, assistant_model=draft, return_dict_in_generate=True)
         same = output.sequences[0, ids.shape[1] :].tolist() == text.output_ids
-        print(
-            f"{text.name}: generate {output.speculation_stats.rounds} rounds, replay {row['rounds']}, same text: {same}"
-        )
+        rounds = output.speculation_stats.rounds
+        print(f"{text.name}: generate {rounds} rounds, replay {row['rounds']}, same text: {same}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ Data come from `examples/generate_data.py`, from text files or from a Hugging Fa
     python examples/train_draft.py --stage outputs --target embedded --tokens data/long_own.npy --draft runs/long \
         --output_dir runs/final --bf16 --max_steps 500 --per_device_train_batch_size 4
 
-`--max_train_seconds` ends a stage by the clock, with its learning rate run down. `--resume_from_checkpoint` goes on after
-an interruption. `--tau_texts` (from `examples/evaluate_tau.py generate`) measures tau at every evaluation. Every field of
-`LongSpecTrainingArguments` is an option.
+`--max_train_seconds` ends a stage by the clock, with its learning rate run down. `--resume_from_checkpoint` goes on
+after an interruption. `--tau_texts` (from `examples/evaluate_tau.py generate`) measures tau at every evaluation. Every
+field of `LongSpecTrainingArguments` is an option.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from longspec_hf.training import (
 )
 from longspec_hf.training.heldout import load_texts
 
+EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded target is called on the Hub
 STAGES = {"short": (1536, True), "long": (6144, False), "outputs": (6144, False)}  # row length, anchor offset
 
 
@@ -59,6 +60,7 @@ class ScriptArguments:
 
     stage: str = field(default="short", metadata={"help": "short, long or outputs", "choices": list(STAGES)})
     target: str = field(default="embedded", metadata={"help": "Model name, folder, or `embedded`."})
+    target_name: str | None = field(default=None, metadata={"help": "The target's name in the draft's configuration."})
     target_dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
     tokens: list[str] = field(
         default_factory=list, metadata={"help": "Token arrays (.npy); `path*4` takes it 4 times."}
@@ -140,6 +142,9 @@ def main(arguments: list[str] | None = None) -> LongSpecTrainer:
     anchor_offset = anchor_offset if args.anchor_offset is None else args.anchor_offset
     rows = load_rows(args, tokenizer, length)
     draft = make_draft(args, target, rows)
+    draft.config.target_name_or_path = args.target_name or (
+        EMBEDDED_NAME if args.target == "embedded" else args.target
+    )
     if args.compile_target:
         target.model.compile(dynamic=False)
     context = target.config.get_text_config(decoder=True).max_position_embeddings

@@ -61,18 +61,20 @@ def make_model_card(
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_name}",
-        f"A [LongSpec]({PAPER}) draft for `{target or 'its target'}`: one decoder layer that proposes tokens, so that the "
-        "target generates the same text in fewer forwards. It has no embeddings and no head of its own and cannot be "
+        f"A [LongSpec]({PAPER}) draft for `{target or 'its target'}`: one decoder layer that proposes tokens, so that "
+        "the target generates the same text in fewer forwards. It has no embeddings and no head of its own and cannot be "
         "used alone.",
         _usage(repo_name, target),
         _sizes(config),
     ]
     if taus:
-        sections.append(_table("Tau", f"Tokens per target forward, {evaluation or 'held-out texts'}.", taus))
+        sections.append(markdown_table("Tau", f"Tokens per target forward, {evaluation or 'held-out texts'}.", taus))
     if notes:
         sections.append(notes.strip())
     if training:
-        sections.append(_table("Training", f"Trained with `LongSpecTrainer` of longspec-hf {__version__}.", training))
+        sections.append(
+            markdown_table("Training", f"Trained with `LongSpecTrainer` of longspec-hf {__version__}.", training)
+        )
     return ModelCard("\n\n".join(sections) + "\n")
 
 
@@ -96,10 +98,11 @@ def _usage(repo_name: str, target: str | None) -> str:
 def _sizes(config: LongSpecDraftConfig) -> str:
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     names += ("sliding_window", "use_target_final_norm", "draft_vocab_size", "tree_shape", "max_tree_nodes")
-    return _table("Configuration", None, {name: getattr(config, name) for name in names})
+    return markdown_table("Configuration", None, {name: getattr(config, name) for name in names})
 
 
-def _table(title: str, text: str | None, values: Mapping[str, Any]) -> str:
+def markdown_table(title: str, text: str | None, values: Mapping[str, Any]) -> str:
+    """A section of a card: a heading, a sentence and two columns of names and values."""
     rows = "\n".join(f"| {name.replace('_', ' ')} | {_format(value)} |" for name, value in values.items())
     head = f"## {title}\n\n" + (f"{text}\n\n" if text else "")
     return f"{head}| | |\n|---|---|\n{rows}"

@@ -22,8 +22,8 @@ class AnchorOffsetCollator:
     attention keeps padding out of sight without a mask; padding has label -100. Labels name the token at their own
     place, as everywhere in transformers: the shift happens in the loss.
 
-    The k-th batch after `batches_drawn` is set draws the same offsets whatever came before, so a resumed run repeats an
-    uninterrupted one.
+    The k-th batch after `batches_drawn` is set draws the same offsets whatever came before, so a resumed run repeats
+    an uninterrupted one.
 
     Args:
         pad_token_id: filler of `input_ids`.
@@ -79,8 +79,8 @@ class AnchorOffsetCollator:
                 raise ValueError(f"`input_ids` of row {number} is empty. Leave empty texts out of the data.")
             if len(row_ids) != len(row_labels):
                 raise ValueError(
-                    f"`labels` of row {number} has {len(row_labels)} entries, expected {len(row_ids)}, one for each of "
-                    "`input_ids`. Use -100 where a token is not to be learned."
+                    f"`labels` of row {number} has {len(row_labels)} entries, expected {len(row_ids)}, one for each "
+                    "of `input_ids`. Use -100 where a token is not to be learned."
                 )
         if self.max_position is not None and length > self.max_position:
             raise ValueError(

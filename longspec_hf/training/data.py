@@ -56,7 +56,7 @@ class PackedRows(Dataset):
 
 
 class FilledRows(Dataset):
-    """Rows of an array `[rows, m]`, cut at `length`; all but the first of a run of equal tokens at the end is filling."""
+    """Rows of an array `[rows, m]`, cut at `length`; a run of equal tokens at the end, but its first, is filling."""
 
     def __init__(self, tokens: np.ndarray, length: int) -> None:
         self.tokens, self.length = tokens, length
@@ -96,7 +96,8 @@ class ListedRows(Dataset):
 def read_texts(paths: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
     """Texts of files and folders.
 
-    Plain-text files are one text each; every line of a `.jsonl` file is an object with `text`, or with `messages`, which
+    Plain-text files are one text each; every line of a `.jsonl` file is an object with `text`, or with `messages`,
+    which
     the tokenizer's chat template turns into a text. Folders are searched for plain-text files. Undecodable files are
     passed over, as a folder of sources may hold some.
 
@@ -184,7 +185,7 @@ def rows_from_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, length: 
         return ListedRows(dataset, length)
     if not {"text", "messages"} & set(first):
         raise ValueError(
-            f"`dataset` must have a column `input_ids`, `text` or `messages`, got {sorted(first)}. Rename the right one."
+            f"`dataset` must have a column `input_ids`, `text` or `messages`, got {sorted(first)}. Rename it."
         )
     texts = (_text_of(record, tokenizer, f"row {number}") for number, record in enumerate(dataset))
     if packed:
@@ -202,8 +203,8 @@ def save_tokens(path: str | Path, tokens: np.ndarray) -> None:
 def load_token_rows(path: str | Path, length: int) -> Dataset:
     """Rows of an array written by `save_tokens`, memory-mapped.
 
-    An array `[n]` is cut into rows of `length`. Rows of an array `[rows, m]` stay as they are (cut at `length`); a run of
-    one token at a row's end is filling, of which only the first token is learned.
+    An array `[n]` is cut into rows of `length`. Rows of an array `[rows, m]` stay as they are (cut at `length`); a
+    run of one token at a row's end is filling, of which only the first token is learned.
     """
     tokens = np.load(path, mmap_mode="r")
     return PackedRows(tokens, length) if tokens.ndim == 1 else FilledRows(tokens, length)

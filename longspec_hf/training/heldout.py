@@ -110,7 +110,8 @@ def _frame(kind: str, body: str, tokenizer: PreTrainedTokenizerBase) -> list[int
 def make_context_prompts(
     packages: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int, contexts: Sequence[int], seed: int = 0
 ) -> list[TauInput]:
-    """Code to be completed after contexts of several lengths: of `count` files, the same place with more or less before.
+    """Code to be completed after contexts of several lengths: of `count` files, the same place with more or less
+    before.
 
     Args:
         packages: import names.

@@ -1,6 +1,7 @@
 """Anchor-offset position ids (LongSpec, arXiv 2502.17421, section 3.2). Pure functions.
 
-A short text trains only small positions. Moving all but the first few tokens by one random offset trains every position
+A short text trains only small positions. Moving all but the first few tokens by one random offset trains every
+position
 of the context, while the first tokens keep theirs, so that attention sinks stay where the target learned them.
 """
 

@@ -60,7 +60,7 @@ def read_target(
     )
     if cache.kept is None:
         raise ValueError(
-            f"`target_layer_idx` {layer_idx} of {type(target).__name__} writes no keys and values. Choose a layer that "
-            "has attention."
+            f"`target_layer_idx` {layer_idx} of {type(target).__name__} writes no keys and values. Choose a layer "
+            "that has attention."
         )
     return TargetStates(*cache.kept, outputs.last_hidden_state)

@@ -1,6 +1,7 @@
 """Tau of a draft on held-out texts, without generating them again.
 
-Speculation is lossless: the text is the target's own whatever the draft proposes. So tau of any draft and any tree follows
+Speculation is lossless: the text is the target's own whatever the draft proposes. So tau of any draft and any tree
+follows
 from a text generated once, the target's keys and values of it (one forward), and the draft's proposals along it; the
 expensive verification is replaced by a look at the next token. `replay` counts what `generate` would have counted.
 """
@@ -168,7 +169,7 @@ class TauEvaluator:
         return rows
 
     def evaluate(self, draft: LongSpecDraftModel, target: PreTrainedModel) -> dict[str, float]:
-        """`tau_<tree>`, `tau_<tree>_looping` and `tau_<tree>_not_looping`: tokens per target forward over all texts."""
+        """`tau_<tree>`, `tau_<tree>_looping` and `tau_<tree>_not_looping`: tokens per target forward."""
         return summarize(self.rows(draft, target))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,8 @@ class LongSpecTrainer(Trainer):
         return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the draft's card into `output_dir` from what the run recorded; transformers' arguments are not used."""
+        """Write the draft's card and `training_facts.json` into `output_dir` from what the run recorded; transformers'
+        arguments are not used."""
         if not self.is_world_process_zero():
             return
         history = self.state.log_history
@@ -237,7 +239,10 @@ class LongSpecTrainer(Trainer):
             if name.startswith("eval_tau_")
         }
         draft = _draft_of(self.accelerator.unwrap_model(self.model))
-        card = make_model_card(draft.config, self._repo_name(), training_facts(self.args, self.state), taus)
+        facts = training_facts(self.args, self.state)
+        record = json.dumps({"facts": facts, "log": history}, indent=1, default=str)
+        (Path(self.args.output_dir) / "training_facts.json").write_text(record, encoding="utf-8")
+        card = make_model_card(draft.config, self._repo_name(), facts, taus)
         save_model_card(self.args.output_dir, card)
 
     def _repo_name(self) -> str:

@@ -53,7 +53,9 @@ def test_ten_and_ten_more_are_twenty(tmp_path, accumulation):
 
 
 def test_a_checkpoint_holds_the_draft_only(tmp_path):
-    trainer = small_trainer(tmp_path, draft=small_draft(tiny_target(), draft_vocab_size=16), save_strategy="steps", save_steps=4)
+    trainer = small_trainer(
+        tmp_path, draft=small_draft(tiny_target(), draft_vocab_size=16), save_strategy="steps", save_steps=4
+    )
     trainer.train()
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert set(saved) == set(trainer.model.state_dict())
