@@ -62,8 +62,8 @@ def make_model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_name}",
         f"A [LongSpec]({PAPER}) draft for `{target or 'its target'}`: one decoder layer that proposes tokens, so that "
-        "the target generates the same text in fewer forwards. It has no embeddings and no head of its own and cannot be "
-        "used alone.",
+        "the target generates the same text in fewer forwards. It has no embeddings and no head of its own and cannot "
+        "be used alone.",
         _usage(repo_name, target),
         _sizes(config),
     ]
@@ -96,8 +96,9 @@ def _usage(repo_name: str, target: str | None) -> str:
 
 
 def _sizes(config: LongSpecDraftConfig) -> str:
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    names += ("sliding_window", "use_target_final_norm", "draft_vocab_size", "tree_shape", "max_tree_nodes")
+    names = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    names += ["sliding_window", "use_target_final_norm", "draft_vocab_size", "tree_shape", "max_tree_nodes"]
+    names += ["ngram_branch_length"]
     return markdown_table("Configuration", None, {name: getattr(config, name) for name in names})
 
 
@@ -114,4 +115,4 @@ def _format(value: Any) -> str:
 
 def _is_repo_name(name: str | None) -> bool:
     """Whether a name can be a Hub repository's: `owner/name`, no path."""
-    return bool(name) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name

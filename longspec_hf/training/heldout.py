@@ -44,7 +44,7 @@ def package_sources(packages: Iterable[str]) -> list[Path]:
 def package_description(package: str) -> str:
     """The long description (usually the README) of the distribution that holds a package, empty if it has none."""
     names = metadata.packages_distributions().get(package, [])
-    return metadata.metadata(names[0]).get_payload() if names else ""  # type: ignore[return-value]
+    return metadata.metadata(names[0]).get_payload() if names else ""  # type: ignore[attr-defined]
 
 
 def docstrings(source: str) -> str:

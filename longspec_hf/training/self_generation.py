@@ -44,7 +44,8 @@ def make_prompts(
     frames = [frame for frame in frames if len(frame[0]) + len(frame[1]) < length]
     prompts = np.empty((count, length), dtype=np.int64)
     for row in prompts:
-        before, after = [], []
+        before: list[int] = []
+        after: list[int] = []
         if frames and rng.random() < instructed:
             before, after = frames[rng.integers(len(frames))]
         room = length - len(before) - len(after)

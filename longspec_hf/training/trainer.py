@@ -46,6 +46,8 @@ class LongSpecTrainer(Trainer):
 
     model: LongSpecDraftModel
     args: LongSpecTrainingArguments
+    lr_scheduler: Any
+    data_collator: Any
 
     def __init__(
         self,

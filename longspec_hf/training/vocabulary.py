@@ -57,7 +57,7 @@ def set_draft_vocabulary(draft: LongSpecDraftModel, token_ids: torch.Tensor) -> 
 
 
 def rows_of_tokens(token_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
-    """`[vocab_size]`: each token's row in the gathered head, -100 for tokens outside; `None` for the whole vocabulary."""
+    """`[vocab_size]`: each token's row in the gathered head, -100 for tokens outside; `None` for all tokens."""
     if token_ids is None:
         return None
     rows = torch.full((vocab_size,), IGNORED, dtype=torch.long, device=token_ids.device)
