@@ -12,7 +12,8 @@ from .row_mask import build_row_mask, masked_attention
 # Rows handled at once where no fused kernel applies: the fp32 copies of K and V stay this small.
 CHUNK_ROWS = 2048
 # Query rows times K/V rows up to which one masked call is cheaper than parts and their merge: the mask is
-# read with every score, the merge costs a fixed time.
+# read with every score, the merge costs a fixed time. In fp16 and bf16 one call is right at every size: it is
+# the call plain decoding makes, so a verified token rounds like a decoded one, which a merge of parts does not.
 MASKED_SCORES = 2**18
 
 
@@ -70,7 +71,8 @@ def hybrid_tree_attention_torch(
         q = query[b].reshape(kv_heads, group * nodes, size)
         most_rows = prefix - begin + (0 if ancestor_bits is None else 64 * ancestor_bits.shape[-1])
         plain = query.device.type == "cpu" and softcap is None and sink is None and _unit_strides(q, key, value)
-        if plain and group * nodes * (min(most_rows, window + nodes) if window else most_rows) <= MASKED_SCORES:
+        scores = group * nodes * (min(most_rows, window + nodes) if window else most_rows)
+        if plain and (scores <= MASKED_SCORES or query.dtype in (torch.float16, torch.bfloat16)):
             name = (b, window, group, query.dtype)
             if name not in shared:
                 bits, depth, key_depth = (None if t is None else t[b] for t in (ancestor_bits, depths, key_depths))
