@@ -71,9 +71,9 @@ def blocked_window_attention(
 ) -> torch.Tensor:
     """`masked_attention` under `window_mask` without padding, in time and memory linear in the length.
 
-    The text is cut into blocks of `window` tokens; a block's queries see keys of their own block and of the one before.
+    The text is cut into blocks of `window` tokens; a block's queries see keys of their own block and the one before.
     """
-    batch, _, length, head_dim = query.shape
+    batch, _, length, _ = query.shape
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # memory-efficient kernels with a mask take no grouped heads
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

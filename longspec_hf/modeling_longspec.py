@@ -234,8 +234,8 @@ class LongSpecDraftModel(PreTrainedModel):
             inputs_embeds: `[B, T, hidden]` target embeddings.
             position_embeddings: `(cos, sin)`, each `[B, T, rotary_dim]`, from the target's rotary module.
             target_key, target_value: `[B, Hkv, T, D]`, the target layer's rotated keys and its values.
-            attention_mask: `[B, T]`, 0 at padding. Padding on the right needs none, as nothing before it sees it; without
-                a mask faster kernels are used.
+            attention_mask: `[B, T]`, 0 at padding. Padding on the right needs none, as nothing before it sees it;
+                without a mask faster kernels are used.
             cross_attention_shift: query p sees target rows 0 .. p - shift. The first `shift` queries see none, and
                 their cross-attention output is zero.
         """
@@ -245,7 +245,7 @@ class LongSpecDraftModel(PreTrainedModel):
             near = window_mask(length, window, inputs_embeds.device, attention_mask)
             before = cross_attention_mask(length, shift, inputs_embeds.device, attention_mask)
 
-        def attend_window(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> torch.Tensor:
+        def attend_window(q: torch.Tensor, k: Any, v: Any) -> torch.Tensor:
             if attention_mask is None:
                 return blocked_window_attention(q, k, v, window, scale)
             return masked_attention(q, k, v, near, scale)
