@@ -4,7 +4,7 @@
 
 Medians of CUDA-graph replays over several K/V sets, which together exceed the L2 cache; launch cost is
 excluded. The floor is the larger of K/V bytes over a measured copy rate and arithmetic over a measured
-matmul rate. Every backend's result is compared with the definition in fp64 before it is timed.
+matmul rate. Every backend's result is compared with the definition in fp64.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import csv
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ PAPER = "paper (flash-attn)" if has_flash_attn() else "paper (torch flash)"
 DTYPE = torch.bfloat16
 MIN_SET_BYTES = 2**28  # K/V sets rotated over: several times the L2 cache of any card
 REPLAYS = 15
+SETTLE_SECONDS = 0.5  # after the checks
 
 
 @dataclass
@@ -126,6 +128,7 @@ def flex(problem: Problem) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     def run(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return compiled_flex()(problem.query, key, value, block_mask=block_mask, scale=problem.scale, enable_gqa=True)
 
+    run(*problem.sets[0])
     return run
 
 
@@ -137,8 +140,8 @@ def backend(name: str, problem: Problem) -> Callable[[torch.Tensor, torch.Tensor
     return flex(problem) if name == "flex" else functools.partial(BACKENDS[name], problem)
 
 
-def median_microseconds(calls: list[Callable[[], object]]) -> float:
-    """Median over replays of a graph of all `calls`, per call."""
+def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of all `calls`."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:  # compiles, and takes memory, outside the capture
@@ -149,15 +152,25 @@ def median_microseconds(calls: list[Callable[[], object]]) -> float:
         for call in calls:
             call()
     graph.replay()
-    times = []
+    return graph
+
+
+def median_microseconds(*runs: list[Callable[[], object]]) -> list[float]:
+    """For each of `runs`, a list of calls: the median over replays of its graph, per call.
+
+    The graphs take turns, so that a change of the card's clocks meets all of them.
+    """
+    graphs = [capture(calls) for calls in runs]
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times)
+        for graph, calls, found in zip(graphs, runs, times, strict=True):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end) * 1000 / len(calls))
+    return [statistics.median(found) for found in times]
 
 
 def measure_ceilings() -> tuple[float, float]:
@@ -166,12 +179,12 @@ def measure_ceilings() -> tuple[float, float]:
     target = torch.empty_like(source)
     # PyTorch's copy and a plain element-wise kernel: the better one is what this card can do.
     copies = [functools.partial(target.copy_, source), functools.partial(torch.neg, source, out=target)]
-    copy = 2 * source.nbytes / min(median_microseconds([call]) for call in copies) * 1e6
+    copy = 2 * source.nbytes / min(median_microseconds(*([call] for call in copies))) * 1e6
     del source, target
     side = 8192
     a, b = torch.randn(2, side, side, device="cuda", dtype=DTYPE)
     out = torch.empty_like(a)
-    return copy, 2 * side**3 / median_microseconds([functools.partial(torch.mm, a, b, out=out)] * 4) * 1e6
+    return copy, 2 * side**3 / median_microseconds([functools.partial(torch.mm, a, b, out=out)] * 4)[0] * 1e6
 
 
 def make_problem(buffers: torch.Tensor, heads: int, prefix: int, nodes: int) -> Problem:
@@ -181,24 +194,23 @@ def make_problem(buffers: torch.Tensor, heads: int, prefix: int, nodes: int) -> 
     return Problem(query, sets, prefix, random_tree(nodes).cuda())
 
 
-def measure(problem: Problem, names: list[str], copy: float, matmul: float) -> list[dict[str, object]]:
-    """One row per backend: microseconds, the floor's, their ratio and the error against fp64."""
-    floor = max(problem.kv_bytes / copy, problem.flops / matmul) * 1e6
+def relative_errors(problem: Problem, names: list[str]) -> list[float]:
+    """||out - ref|| / ||ref|| of each backend against the definition in fp64."""
     wide = [t.double() for t in (problem.query, *problem.sets[0])]
     expected = hybrid_tree_attention_reference(*wide, problem.prefix_lens, problem.bits, scale=problem.scale)
-    del wide
-    rows: list[dict[str, object]] = []
-    for name in names:
-        call = backend(name, problem)
-        error = float((call(*problem.sets[0]).double() - expected).norm() / expected.norm())
-        sets = problem.sets if len(problem.sets) > 1 else problem.sets * 2
-        time = median_microseconds([functools.partial(call, *pair) for pair in sets])
-        rows.append(
-            {"backend": name, "us": round(time, 2), "floor_us": round(floor, 2), "x_floor": round(time / floor, 3),
-             "error": f"{error:.1e}"}
-        )  # fmt: skip
-        torch.cuda.empty_cache()
-    return rows
+    outs = [backend(name, problem)(*problem.sets[0]).double() for name in names]
+    return [float((out - expected).norm() / expected.norm()) for out in outs]
+
+
+def measure(problem: Problem, names: list[str], copy: float, matmul: float) -> list[dict[str, object]]:
+    """One row per backend: microseconds, the floor's, and their ratio."""
+    floor = max(problem.kv_bytes / copy, problem.flops / matmul) * 1e6
+    calls = [backend(name, problem) for name in names]
+    times = median_microseconds(*([functools.partial(call, *pair) for pair in problem.sets] for call in calls))
+    return [
+        {"backend": name, "us": round(took, 2), "floor_us": round(floor, 2), "x_floor": round(took / floor, 3)}
+        for name, took in zip(names, times, strict=True)
+    ]
 
 
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -224,19 +236,27 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
             capacity = prefix + max(args.nodes)
             count = max(2, -(-MIN_SET_BYTES // (4 * kv_heads * capacity * size)))
             buffers = torch.randn(count, 2, 1, kv_heads, capacity, size, device="cuda", dtype=DTYPE)
+            measured = []
             for nodes in args.nodes:
-                names = [n for n in args.backends if n in ("triton", PAPER) or nodes in args.slow_nodes]
-                found = measure(make_problem(buffers, heads, prefix, nodes), names, copy, matmul)
+                slow = nodes in args.slow_nodes and prefix in (args.slow_lengths or args.lengths)
+                names = [name for name in args.backends if slow or name in ("triton", PAPER)]
+                problem = make_problem(buffers, heads, prefix, nodes)
+                measured.append((nodes, names, problem, measure(problem, names, copy, matmul)))
+                torch.cuda.empty_cache()
+            # Checked afterwards: fp64 products heat the card, and what is timed next would be slower.
+            for nodes, names, problem, found in measured:
                 base = next((row["us"] for row in found if row["backend"] == PAPER), None)
-                for row in found:
+                for row, error in zip(found, relative_errors(problem, names), strict=True):
                     gain = round(base / row["us"], 2) if base else ""
                     where = {"shape": shape, "prefix": prefix, "nodes": nodes}
                     print(
                         f"{shape:<12}{prefix:>7}{nodes:>4}  {row['backend']:<20}{row['us']:>10}{row['x_floor']:>9}"
-                        f"{gain:>9}  {row['error']}",
+                        f"{gain:>9}  {error:.1e}",
                         flush=True,
                     )
-                    rows.append(common | where | row | {"x_paper": gain})
+                    rows.append(common | where | row | {"x_paper": gain, "error": f"{error:.1e}"})
+            time.sleep(SETTLE_SECONDS)
+            measured.clear()
             del buffers
     return rows
 
@@ -253,7 +273,7 @@ def plot(rows: list[dict[str, object]], nodes: int, path: Path) -> None:
     for panel, shape in zip(panels[0], shapes, strict=True):
         chosen = [row for row in rows if row["shape"] == shape and row["nodes"] == nodes]
         for name in dict.fromkeys(row["backend"] for row in chosen):
-            points = [row for row in chosen if row["backend"] == name]
+            points = sorted((row for row in chosen if row["backend"] == name), key=lambda row: row["prefix"])
             panel.plot([row["prefix"] for row in points], [row["us"] for row in points], marker="o", label=name)
         floor = sorted({(row["prefix"], row["floor_us"]) for row in chosen})
         panel.plot(*zip(*floor, strict=True), color="black", linestyle=":", label="floor")
@@ -278,6 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slow-nodes", nargs="*", type=int, default=[64], help="tree sizes at which eager, SDPA and FlexAttention run"
     )
+    parser.add_argument("--slow-lengths", nargs="*", type=int, help="prefixes at which they do; all by default")
     parser.add_argument("--plot-nodes", type=int, default=64)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)

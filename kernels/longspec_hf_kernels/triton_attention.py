@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .hopper_attention import HOPPER_TILE, hopper_fits, launch_hopper_splits
 from .triton_configs import (
+    HOPPER_MIN_ROWS,
     TileConfig,
     choose_splits,
     choose_tile,
@@ -64,6 +66,7 @@ def hybrid_tree_attention_triton(
     sinks: torch.Tensor | None = None,
     tile: TileConfig | None = None,
     splits: int | None = None,
+    hopper: bool | None = None,
 ) -> torch.Tensor:
     """`hybrid_tree_attention_reference` as a fused split-KV kernel and a reduction.
 
@@ -72,6 +75,8 @@ def hybrid_tree_attention_triton(
 
     Args:
         tile, splits: override the table of `triton_configs`, for tests and benchmarks.
+        hopper: force or forbid the kernel of `hopper_kernels`; by default it runs where it fits and there
+            are rows enough for it.
 
     Others, and the result, as in `hybrid_tree_attention_reference`; fp16, bf16 and fp32 (true fp32
     products), head sizes up to 256.
@@ -80,33 +85,53 @@ def hybrid_tree_attention_triton(
     out = torch.empty(batch, nodes, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     if out.numel() == 0:
         return out
-    plan = plan_splits(query, key, count_tree_keys(ancestor_bits, key_depths), tile, splits)
-    direct = plan.launched == 1
+    if hopper is None:
+        many_rows = nodes * (heads // key.shape[1]) >= HOPPER_MIN_ROWS
+        hopper = tile is None and many_rows and hopper_fits(query, key, value, window, softcap)
+    tree_keys = count_tree_keys(ancestor_bits, key_depths)
+    plan = plan_splits(query, key, tree_keys, (tile or HOPPER_TILE) if hopper else tile, splits)
+    direct = plan.launched == 1 and not hopper
+    dependent = plan.dependent and not hopper
     partial_shape = (batch, nodes, heads, plan.launched)
     partial_lse = out if direct else query.new_empty(partial_shape, dtype=torch.float32)
     partial_out = out if direct else query.new_empty((*partial_shape, head_dim), dtype=torch.float32)
-    launch_splits(
-        query,
-        key,
-        value,
-        prefix_lens,
-        ancestor_bits,
-        starts,
-        depths,
-        key_depths,
-        sinks,
-        out,
-        partial_out,
-        partial_lse,
-        plan,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        prefix=True,
-        direct=direct,
-    )
+    if hopper:
+        launch_hopper_splits(
+            query,
+            key,
+            value,
+            prefix_lens,
+            ancestor_bits,
+            starts,
+            partial_out,
+            partial_lse,
+            tree_keys,
+            plan.tile,
+            scale=scale,
+        )
+    else:
+        launch_splits(
+            query,
+            key,
+            value,
+            prefix_lens,
+            ancestor_bits,
+            starts,
+            depths,
+            key_depths,
+            sinks,
+            out,
+            partial_out,
+            partial_lse,
+            plan,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            prefix=True,
+            direct=direct,
+        )
     if not direct:
-        launch = {"launch_pdl": True} if plan.dependent else {}
+        launch = {"launch_pdl": True} if dependent else {}
         combine_splits_kernel[(batch * nodes * heads,)](
             partial_out,
             partial_lse,
@@ -121,7 +146,7 @@ def hybrid_tree_attention_triton(
             MAX_SPLITS=triton.next_power_of_2(plan.launched),
             BLOCK_S=reduction_chunk(plan.planned),
             HAS_SINKS=sinks is not None,
-            WAIT=plan.dependent,
+            WAIT=dependent,
             num_warps=4,
             **launch,
         )

@@ -25,15 +25,19 @@ class DeviceLimits:
     multiprocessors: int
     shared_memory: int
     dependent_launch: bool
+    tensor_maps: bool = False
 
 
 # Rows are T * Hq / Hkv; the key is the largest number of rows an entry is meant for. Few rows: the time
-# is the read of K/V, so the smallest matrix instruction (16 rows) and a deep pipeline. Many rows: the
-# matrix units, whose warpgroup instruction has 64 rows; larger tiles spill registers, and two programs
-# per multiprocessor let the softmax of one run under the products of the other.
+# is the read of K/V, so the smallest matrix instruction (16 rows), and one program per multiprocessor with
+# many rows in flight: half the splits of two programs, so half the partial results to write and merge.
+# Many rows: the matrix units, whose warpgroup instruction has 64 rows; larger tiles spill registers, and
+# two programs per multiprocessor let the softmax of one run under the products of the other.
 HALF_TILES = {
-    16: TileConfig(block_m=16, block_n=64, num_warps=4, num_stages=4, programs_per_sm=2),
-    64: TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, programs_per_sm=2),
+    16: TileConfig(block_m=16, block_n=128, num_warps=4, num_stages=3, programs_per_sm=1),
+    64: TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=4, programs_per_sm=1),
+    128: TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=5, programs_per_sm=1),
+    256: TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, programs_per_sm=2),
 }
 # Heads wider than 128: the accumulator alone fills the registers of 4 warps.
 WIDE_HALF_TILES = {
@@ -45,10 +49,14 @@ FLOAT_TILES = {16: TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2,
 WIDE_FLOAT_TILES = {16: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)}
 # A split shorter than this costs more in the reduction than it gains in parallel reads.
 MIN_SPLIT_ROWS = 128
+# Packed rows from which the Hopper kernel's tile of 128 pays: more than one such tile.
+HOPPER_MIN_ROWS = 129
 # Shared memory that a program needs beside its tiles.
 RESERVED_SHARED_MEMORY = 2048
 # Hopper and Triton 3.4 can bring a kernel in before its predecessor has finished.
 DEPENDENT_LAUNCH_MAJOR = 9
+# The warpgroup instructions of `hopper_kernels` exist on this generation alone.
+HOPPER_MAJOR = 9
 DEPENDENT_LAUNCH_TRITON = (3, 4)
 
 
@@ -65,6 +73,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
         dependent_launch=torch.version.hip is None
         and properties.major >= DEPENDENT_LAUNCH_MAJOR
         and version >= DEPENDENT_LAUNCH_TRITON,
+        tensor_maps=torch.version.hip is None and properties.major == HOPPER_MAJOR,
     )
 
 

@@ -266,7 +266,8 @@ def merge_prefix_and_tree_kernel(
     shift = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2(lse - shift)
     offsets = sequence * stride_pb + head * stride_ph + node * stride_pt + dims * stride_pd
-    acc = tl.load(prefix_out + offsets, mask=dim_ok & (lse > float("-inf")), other=0.0).to(tl.float32) * weight
+    acc = tl.load(prefix_out + offsets, mask=dim_ok, other=0.0).to(tl.float32)
+    acc = tl.where(lse == float("-inf"), 0.0, acc * weight)
     total = weight
     if HAS_TREE:
         weight = tl.exp2(other - shift)
