@@ -12,6 +12,8 @@ from .torch_attention import hybrid_tree_attention_torch
 ENVIRONMENT_VARIABLE = "LONGSPEC_ATTENTION"
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
+# Head sizes at which the scheme's tree part passed its tests on a GPU: at 64 and 256 it gave NaN there.
+FLASH_HEAD_DIMS = (80, 96, 128)
 MAX_HEAD_DIM = 256
 # Below this compute capability the matrix units have no bf16.
 MIN_CUDA_MAJOR = 8
@@ -47,7 +49,7 @@ def available_backends(query: torch.Tensor) -> tuple[str, ...]:
         and _device_runs_triton(query.device, _interpreted())
     ):
         found.append("triton")
-        if query.dtype in FLASH_DTYPES and query.shape[-1] % 8 == 0 and query.device.type == "cuda":
+        if query.dtype in FLASH_DTYPES and query.shape[-1] in FLASH_HEAD_DIMS and query.device.type == "cuda":
             found.append("flash")
     return (*found, "torch") if query.device.type == "cuda" else ("torch", *found)
 
