@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", required=True, help="the draft's folder; the card becomes its README.md")
     parser.add_argument("--run", nargs="+", required=True, help="JSON files of training runs, in order of stages")
     parser.add_argument("--tau", nargs="*", default=[], help="CSV files of evaluate_tau.py measure")
+    parser.add_argument("--more-tau", nargs="*", default=[], help="such files on other texts, each a table of its own")
     parser.add_argument("--name", default=None, help="repository name; by default the folder's")
     return parser
 
@@ -35,7 +36,10 @@ def main(arguments: list[str] | None = None) -> Path:
     rows = [row for path in args.tau for row in read_rows(path)]
     notes = [markdown_table(f"Data and stage `{run['stage']}`", None, run["data"]) for run in runs if run.get("data")]
     if rows:
-        notes.insert(0, tau_table(rows))
+        notes.insert(0, tau_table(rows, "Tau by kind of output"))
+    for path in args.more_tau:
+        more = read_rows(path)
+        notes.insert(1, tau_table(more, f"All trees, {describe(more)}"))
     facts: dict[str, Any] = {}
     for run in runs:
         prefix = f"{run['stage']} " if len(runs) > 1 else ""
@@ -77,7 +81,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def tau_table(rows: list[dict[str, Any]]) -> str:
+def tau_table(rows: list[dict[str, Any]], title: str) -> str:
     """Tau by decoding and looping, one column per tree."""
     trees = list(dict.fromkeys(row["tree"] for row in rows))
     lines = ["| outputs | texts | " + " | ".join(tree.replace("_", " + ") for tree in trees) + " |"]
@@ -96,7 +100,9 @@ def tau_table(rows: list[dict[str, Any]]) -> str:
             taus = summarize(chosen)
             cells = " | ".join(f"{taus[f'tau_{tree}']:.2f}" for tree in trees)
             lines.append(f"| {name} | {len(texts_of(chosen))} | {cells} |")
-    return "## Tau by kind of output\n\nTokens per target forward, bonus token included.\n\n" + "\n".join(lines)
+    devices = ", ".join(sorted({f"{row['device']}, torch {row['torch']}" for row in rows}))
+    head = f"Tokens per target forward, bonus token included; {devices}, transformers {rows[0]['transformers']}."
+    return f"## {title}\n\n{head}\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":
