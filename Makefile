@@ -13,11 +13,11 @@ demo: $(INSTALLED)
 test: lint test-newest test-oldest
 
 test-newest: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)python -m pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)python -m pytest -n 2 --dist worksteal
 
 # A short run with the oldest supported transformers, which lies in a folder of its own before the newest.
 test-oldest: $(OLDEST)/.installed
-	PYTHONPATH=$(OLDEST) $(BIN)python -m pytest -n 2 tests/test_hook.py tests/test_cache.py tests/test_stopping.py \
+	PYTHONPATH=$(OLDEST) $(BIN)python -m pytest -n 2 --dist worksteal tests/test_hook.py tests/test_cache.py tests/test_stopping.py \
 		tests/test_modeling.py tests/test_stats.py tests/test_memory.py
 
 lint: $(INSTALLED)

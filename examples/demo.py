@@ -23,6 +23,8 @@ from longspec_hf import LongSpecDraftModel, SpeculationStats
 from longspec_hf.embedded import load_embedded_target
 
 SHIPPED_DRAFT = Path(__file__).parent.parent / "model_cards" / "longspec-smollm2-135m-instruct"
+# On a CPU a forward over many tokens costs far more than one over a single token, so the tree is a short chain.
+CPU_TREE = {"tree_shape": [1, 1, 1], "ngram_branch_length": 3}
 QUESTION = "Explain what this Python code does, function by function, in plain words.\n\n```python\n{code}\n```"
 
 
@@ -108,14 +110,18 @@ def main() -> None:
         "repetition_penalty": 1.1,  # this small model repeats itself under greedy decoding
         "return_dict_in_generate": True,
     }
-    trees = {"tree_shape": args.tree_shape, "max_tree_nodes": args.max_tree_nodes}
-    trees = {name: value for name, value in trees.items() if value is not None}
+    tree = {
+        "tree_shape": args.tree_shape,
+        "max_tree_nodes": args.max_tree_nodes,
+        "ngram_branch_length": args.ngram_branch_length,
+    }
+    tree = {**CPU_TREE, **{name: value for name, value in tree.items() if value is not None}}
     print(f"SmolLM2-135M-Instruct, fp32, {target.device}, {torch.get_num_threads()} threads; {description}.")
     print(f"Prompt of {inputs['input_ids'].shape[1]} tokens, {args.new_tokens} new ones.")
     runs = [
         run("plain generate", target, inputs, args.seed, plain),
         run("prompt lookup", target, inputs, args.seed, {**plain, "prompt_lookup_num_tokens": 10}),
-        run("LongSpec", target, inputs, args.seed, {**plain, **trees}, draft),
+        run("LongSpec", target, inputs, args.seed, {**plain, **tree}, draft),
     ]
     print(f"\n{'':16}{'equal':>7}{'tau':>7}{'prefill s':>11}{'tokens/s':>10}{'speed':>8}")
     for result in runs:
@@ -138,8 +144,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample", action="store_true", help="sample at temperature 0.8 instead of greedy decoding")
     parser.add_argument("--seed", type=int, default=0, help="of the random stream, reset before each way")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; PyTorch's choice by default")
-    parser.add_argument("--tree-shape", type=int, nargs="*", default=None, help="nodes per depth; the draft's default")
+    parser.add_argument("--tree-shape", type=int, nargs="*", default=None, help="nodes per depth")
     parser.add_argument("--max-tree-nodes", type=int, default=None, help="nodes verified a round, the root included")
+    parser.add_argument(
+        "--ngram-branch-length", type=int, default=None, help="tokens copied from the context; 0: none"
+    )
     return parser
 
 
