@@ -3,7 +3,7 @@
     python examples/demo.py
     python examples/demo.py --prompt-tokens 6000 --new-tokens 256 --sample
 
-The target is SmolLM2-135M-Instruct; the document is a source file of an installed package.
+The target is SmolLM2-135M-Instruct; the document is the source of a package the shipped draft was not trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub.hf_api
+import jinja2.environment
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -77,7 +77,7 @@ def run(
 
 def build_prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, torch.Tensor]:
     """A chat prompt of about `tokens` tokens around the head of a long source file."""
-    code = inspect.getsource(huggingface_hub.hf_api)
+    code = inspect.getsource(jinja2.environment)
     code_ids = tokenizer(code)["input_ids"][:tokens]
     message = [{"role": "user", "content": QUESTION.format(code=tokenizer.decode(code_ids))}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
