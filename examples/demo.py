@@ -139,8 +139,8 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt-tokens", type=int, default=3500, help="tokens taken of the document")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--prompt-tokens", type=int, default=2500, help="tokens taken of the document")
+    parser.add_argument("--new-tokens", type=int, default=96, help="tokens to generate")
     parser.add_argument("--sample", action="store_true", help="sample at temperature 0.8 instead of greedy decoding")
     parser.add_argument("--seed", type=int, default=0, help="of the random stream, reset before each way")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; PyTorch's choice by default")
