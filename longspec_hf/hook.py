@@ -144,7 +144,7 @@ def _longspec_decoding(
     needed = generation_config.max_length - 1 + settings.max_nodes + _rows_before(input_ids, model_kwargs)
     cache = _prepare_cache(given, needed, input_ids.shape[1] + settings.max_nodes + GROWTH_ROWS)
     model_kwargs[CACHE_ARG] = cache
-    starts = _starts(model_kwargs.get("attention_mask"))
+    starts = _starts(model_kwargs.get("attention_mask"), draft.device)
     generator = LongSpecCandidateGenerator(draft, bound, settings)
     cache.draft_window = generator.window
     drawer = TokenDrawer(TextBuffer(input_ids), logits_processor, stopping_criteria, generation_config, streamer)
@@ -199,6 +199,7 @@ class _Runner:
         return outputs.logits[:, -1]
 
     def step(self, token: torch.Tensor, position: int) -> torch.Tensor:
+        token = token.to(self.target.device)  # the text may lie on the CPU
         mask = None
         if self.starts is not None:
             rows = torch.arange(self.cache.get_seq_length() + 1, device=token.device)
@@ -295,11 +296,11 @@ def _layers_for(cache: Cache, count: int) -> list[Any]:
     return cache.layers
 
 
-def _starts(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+def _starts(attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """`[1]` first row that is not padding, `None` without padding."""
     if attention_mask is None:
         return None
-    return (attention_mask == 0).sum(dim=1).to(torch.int32)
+    return (attention_mask == 0).sum(dim=1).to(device=device, dtype=torch.int32)
 
 
 def _prompt_positions(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> torch.Tensor:

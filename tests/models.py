@@ -87,7 +87,7 @@ class ScriptedDraft(LongSpecDraftModel):
         token = self.script[position.clamp(max=len(self.script) - 1)]
         right = {"oracle": known, "noisy": known & (position * 7919 % 13 < 7), "wrong": known & False}[self.mode]
         # Other tokens get varied scores, so that beams are not degenerate.
-        ids = torch.arange(vocab)
+        ids = torch.arange(vocab, device=position.device)
         logits = ((ids * 31 + position.unsqueeze(-1) * 17) % 23).float()
         bonus = torch.where(right, 40.0, float("-inf")).masked_fill(~known, 0.0)
         return logits.scatter_add(-1, token.unsqueeze(-1), bonus.unsqueeze(-1))
