@@ -42,7 +42,7 @@ class Clock(BaseStreamer):
             self.first = self.last
 
     def end(self) -> None:
-        pass
+        """The last `put` has noted the time already."""
 
 
 @dataclass
