@@ -5,7 +5,7 @@
     python examples/evaluate_tau.py prompts --target embedded --packages networkx jinja2 pandas --count 72 \
         --output data/prompts.jsonl
 
-2. The target's own outputs, once, by plain `generate`: every third prompt of a kind greedy, the others sampled::
+2. The target's own outputs, once, by plain `generate`: of every prompt one greedy and one sampled at T = 0.8::
 
     python examples/evaluate_tau.py generate --target embedded --prompts data/prompts.jsonl --output data/texts.jsonl
 
@@ -42,6 +42,8 @@ from longspec_hf.training.heldout import (
 )
 from longspec_hf.training.tau import summarize
 
+DECODINGS = ("greedy", "sampled")
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure tau of a LongSpec draft.")
@@ -57,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompts", required=True)
     generate.add_argument("--new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8)
-    generate.add_argument("--greedy-every", type=int, default=3, help="of each kind, every n-th prompt is greedy")
+    generate.add_argument("--decoding", nargs="+", choices=DECODINGS, default=list(DECODINGS))
     generate.add_argument("--batch-size", type=int, default=1)
     generate.add_argument("--output", required=True)
     measure = commands.add_parser("measure", help="tau of a draft")
@@ -95,14 +97,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float] | None:
 
 def _generate(args: argparse.Namespace, target) -> list:
     prompts = load_texts(args.prompts)
-    seen: dict[str, int] = {}
-    greedy, sampled = [], []
-    for prompt in prompts:
-        number = seen[prompt.kind] = seen.get(prompt.kind, -1) + 1
-        (greedy if number % args.greedy_every == 0 else sampled).append(prompt)
-    texts = generate_outputs(target, greedy, args.new_tokens, 0.0, args.seed, args.batch_size) if greedy else []
-    if sampled:
-        texts += generate_outputs(target, sampled, args.new_tokens, args.temperature, args.seed, args.batch_size)
+    texts = []
+    for decoding in args.decoding:
+        temperature = 0.0 if decoding == "greedy" else args.temperature
+        texts += generate_outputs(target, prompts, args.new_tokens, temperature, args.seed, args.batch_size)
     looping = sum(text.looping for text in texts)
     print(f"{len(texts)} outputs, {looping} of them looping")
     return texts
@@ -130,9 +128,12 @@ def _measure(args: argparse.Namespace, target) -> dict[str, float]:
     for tree in evaluator.trees:
         values = [metrics.get(f"tau_{tree}{suffix}", float("nan")) for suffix in ("", "_looping", "_not_looping")]
         print(f"{tree:12s} {values[0]:6.2f} {values[1]:8.2f} {values[2]:12.2f}")
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        part = summarize([row for row in rows if row["kind"] == kind])
-        print(f"{kind:14s} " + "  ".join(f"{tree} {part[f'tau_{tree}']:.2f}" for tree in evaluator.trees))
+    for row in rows:
+        row["sampling"] = "greedy" if row["decoding"] == "greedy" else "sampled"
+    for group in ("kind", "sampling"):
+        for value in dict.fromkeys(row[group] for row in rows):
+            part = summarize([row for row in rows if row[group] == value])
+            print(f"{value:14s} " + "  ".join(f"{tree} {part[f'tau_{tree}']:.2f}" for tree in evaluator.trees))
     if args.real:
         _compare(draft, target, evaluator, rows)
     return metrics

@@ -1,7 +1,8 @@
 """Write a draft's model card from what its runs recorded: training facts, tau tables and speed, nothing by hand.
 
     python examples/make_model_card.py --draft model_cards/longspec-smollm2-135m-instruct \
-        --run docs/benchmarks/training_run.json --tau docs/benchmarks/training_tau.csv
+        --run docs/benchmarks/training_run_short.json docs/benchmarks/training_run_long.json \
+        --tau docs/benchmarks/training_tau.csv
 
 `--run` is a JSON object with `facts`, as `LongSpecTrainer` writes to `training_facts.json`, and optionally `stage` and
 `data`; give several for several stages. `--tau` are CSV files of `examples/evaluate_tau.py measure`.
@@ -76,8 +77,8 @@ def describe(rows: list[dict[str, Any]]) -> str:
     lengths = [row["prompt_tokens"] for row in texts]
     looping = sum(row["looping"] for row in texts)
     return (
-        f"{len(texts)} held-out prompts of {min(lengths)}-{max(lengths)} tokens (code completion, explanation, "
-        f"summary), {looping} outputs looping"
+        f"{len(texts)} outputs after held-out prompts of {min(lengths)}-{max(lengths)} tokens (code completion, "
+        f"explanation, summary), {looping} of them looping"
     )
 
 

@@ -21,6 +21,8 @@ class LongSpecTrainingArguments(TrainingArguments):
         compile_loss: fuse the loss's elementwise passes with torch.compile.
         max_train_seconds: stop after this time and run the learning-rate schedule over it. `None` leaves both to
             transformers.
+        muon: update matrices with Muon, the rest with AdamW; `learning_rate` and `weight_decay` serve both, `optim` is
+            not used.
         evaluate_tau: measure tau at every evaluation, where the trainer was given tau inputs.
 
     Raises:
@@ -34,6 +36,7 @@ class LongSpecTrainingArguments(TrainingArguments):
     loss_chunk_elements: int | None = field(default=None, metadata={"help": "Logits held at once in the loss."})
     compile_loss: bool = field(default=False, metadata={"help": "Fuse the loss with torch.compile."})
     max_train_seconds: float | None = field(default=None, metadata={"help": "Stop after this many seconds."})
+    muon: bool = field(default=False, metadata={"help": "Muon for matrices instead of the optimizer of `optim`."})
     evaluate_tau: bool = field(default=True, metadata={"help": "Measure tau at every evaluation."})
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ def training_facts(args: LongSpecTrainingArguments, state: TrainerState) -> dict
         "seconds": float(sum(runtime)),
         "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "optimizer": "muon, adamw for vectors" if args.muon else str(getattr(args.optim, "value", args.optim)),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "cross_entropy_weight": args.ce_weight,
         "kl_weight": args.kl_weight,

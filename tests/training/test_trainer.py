@@ -28,16 +28,17 @@ def test_every_parameter_of_the_draft_moves_and_none_of_the_target(tmp_path, fam
     assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in target_before.items())
 
 
-def test_the_loss_falls(tmp_path):
-    trainer = small_trainer(tmp_path, rows=random_rows(rows=8), max_steps=40)
+@pytest.mark.parametrize("muon", [False, True])
+def test_the_loss_falls(tmp_path, muon):
+    trainer = small_trainer(tmp_path, rows=random_rows(rows=8), max_steps=40, muon=muon, learning_rate=3e-2)
     trainer.train()
     assert sum(losses(trainer)[-5:]) < 0.8 * sum(losses(trainer)[:5])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_ten_and_ten_more_are_twenty(tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "muon"), [(1, False), (2, False), (1, True)])
+def test_ten_and_ten_more_are_twenty(tmp_path, accumulation, muon):
     """C95: learning rates, losses and weights of a resumed run are those of an uninterrupted one."""
-    settings = {"max_steps": 20, "gradient_accumulation_steps": accumulation, "max_cross_attention_shift": 4}
+    settings = {"max_steps": 20, "gradient_accumulation_steps": accumulation, "muon": muon}
     straight = small_trainer(tmp_path / "a", **settings)
     straight.train()
     first = small_trainer(tmp_path / "b", save_strategy="steps", save_steps=10, **settings)
