@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -50,6 +51,11 @@ class LongSpecTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.muon and not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"`muon` needs `torch.optim.Muon` of torch 2.9 or newer, got torch {torch.__version__}. Upgrade torch "
+                "or leave `muon` off."
+            )
         if self.max_train_seconds is not None and self.max_train_seconds <= 0:
             raise ValueError(
                 f"`max_train_seconds` must be positive, got {self.max_train_seconds}. Use `None` for no limit."

@@ -24,7 +24,7 @@ class MuonWithAdamW(Optimizer):
     Updates of matrices are scaled to the size AdamW's have, so one learning rate serves both.
 
     Args:
-        params: parameter groups as for any optimizer; `lr` and `weight_decay` of a group hold.
+        params: parameter groups, dicts with `params`; a group's own `lr` and `weight_decay` hold.
         lr: learning rate.
         momentum: of Muon.
         betas, eps: of AdamW.
@@ -40,8 +40,7 @@ class MuonWithAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
-        super().__init__([dict(group) for group in groups], {"lr": lr, "weight_decay": weight_decay})
+        super().__init__([dict(group) for group in params], {"lr": lr, "weight_decay": weight_decay})
         matrices, others = [], []
         for group in self.param_groups:
             settings = {"lr": group["lr"], "weight_decay": group["weight_decay"]}

@@ -18,7 +18,6 @@ from .arguments import LongSpecTrainingArguments
 from .collator import IGNORED, AnchorOffsetCollator
 from .facts import training_facts
 from .losses import FrozenHead, LossSums, chunked_loss
-from .muon import MuonWithAdamW, muon_settings
 from .positions import max_positions
 from .schedule import TimeBudget, budget_schedule
 from .target_states import read_target
@@ -82,6 +81,8 @@ class LongSpecTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._borrowed: tuple[BoundTarget, torch.Tensor | None] | None = None
         if args.muon:
+            from .muon import MuonWithAdamW, muon_settings  # needs a newer torch than the rest
+
             self.optimizer_cls_and_kwargs = MuonWithAdamW, muon_settings(args)
         self._budget = None
         if args.max_train_seconds is not None:
