@@ -213,7 +213,7 @@ class LongSpecCache(Cache):
 
     @contextmanager
     def tree(self, sequences: int, nodes: int) -> Iterator[torch.Tensor]:
-        """Inside the block a forward over `nodes` tree nodes of the first `sequences` writes behind the committed rows.
+        """Inside the block a forward over `nodes` nodes of the first `sequences` writes behind the committed rows.
 
         Yields:
             int32 `[sequences]`, the committed rows.

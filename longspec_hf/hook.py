@@ -120,17 +120,19 @@ def _wrap_generator(original: Callable) -> Callable:
 
 def _wrap_validation(original: Callable) -> Callable:
     @functools.wraps(original)
-    def _validate_generation_mode(self, generation_mode: Any, generation_config: GenerationConfig, kwargs: Any) -> None:
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, kwargs: Any
+    ) -> None:
         draft = kwargs.get("assistant_model")
         if not isinstance(draft, LongSpecDraftModel):
-            return original(self, generation_mode, generation_config, kwargs)
+            return original(self, mode, generation_config, kwargs)
         bind(draft, self)
         resolve_tree_settings(draft, generation_config)
         # What transformers refuses for other drafts only: several sequences, and tokenizers it would compare.
         general = copy.copy(generation_config)
         general.num_return_sequences = 1
         rest = {name: value for name, value in kwargs.items() if name != "assistant_model"}
-        return original(self, generation_mode, general, rest)
+        return original(self, mode, general, rest)
 
     return _validate_generation_mode
 
@@ -187,7 +189,7 @@ def _longspec_decoding(
     drawers = [
         TokenDrawer(
             TextBuffer(input_ids[row : row + 1]),
-            _processors_of_row(logits_processor, row),
+            logits_processor if input_ids.shape[0] == 1 else _processors_of_row(logits_processor, row),
             stopping_criteria,
             generation_config,
             streamer,
@@ -329,19 +331,18 @@ def _is_compiled(target: PreTrainedModel) -> bool:
 
 
 def _processors_of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The processors for one sequence of a batch: one of them tells its function the sequence's number."""
-    if not row:
-        return processors
-    return LogitsProcessorList(
-        PrefixConstrainedLogitsProcessor(functools.partial(_call_for_row, p._prefix_allowed_tokens_fn, row), 1)
-        if type(p) is PrefixConstrainedLogitsProcessor
-        else p
-        for p in processors
-    )
+    """The processors for one sequence of a batch; two kinds know which one they have before them."""
+    return LogitsProcessorList(_of_row(processor, row) for processor in processors)
 
 
-def _call_for_row(function: Callable, row: int, _: int, ids: torch.Tensor) -> list[int]:
-    return function(row, ids)
+def _of_row(processor: Any, row: int) -> Any:
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    if isinstance(ignored := getattr(processor, "prompt_ignore_length", None), torch.Tensor):
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = ignored[row : row + 1]
+    return processor
 
 
 def _read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], device: torch.device) -> Prompts:

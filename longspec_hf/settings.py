@@ -9,7 +9,14 @@ from transformers import GenerationConfig
 from .configuration_longspec import validate_tree_settings
 from .modeling_longspec import LongSpecDraftModel
 
-TREE_SETTINGS = ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match", "recheck_near_ties", "fallback_to_plain")
+TREE_SETTINGS = (
+    "tree_shape",
+    "max_tree_nodes",
+    "ngram_branch_length",
+    "ngram_min_match",
+    "recheck_near_ties",
+    "fallback_to_plain",
+)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class SpeculationStats:
         return tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def add_round(self, drafted: Sequence[int], committed: Sequence[int]) -> None:
-        """Count one round: per sequence the nodes verified, the root aside, and the tokens committed, bonus included."""
+        """Count one round: per sequence the nodes verified, roots aside, and the tokens committed, bonus included."""
         self.rounds += 1
         self.row_rounds += len(committed)
         self.drafted += sum(drafted)

@@ -63,7 +63,8 @@ def test_finished_rows_cost_no_work(target, monkeypatch):
     inputs, alone = padded()
     texts = [target.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist() for ids in alone]
     # An end token that row 1 writes early and the others late or never.
-    end = next(t for t in texts[1][:12] if all(t not in other[:20] for other in (texts[0], texts[2])))
+    seen = {*texts[0][:20], *texts[2][:20], *texts[1][:3]}
+    end = next(t for t in texts[1][3:12] if t not in seen)
     widths = []
     original = type(target).forward
 
@@ -136,7 +137,7 @@ def test_the_returned_cache_is_plains_where_rows_go_on(target):
         max_new_tokens=10,
         do_sample=False,
         assistant_model=learned(target),
-        **{"past_key_values": out[CACHE_ARG]},
+        **{CACHE_ARG: out[CACHE_ARG]},
     )
     assert torch.equal(expected, again)
 
@@ -145,9 +146,7 @@ def test_several_sequences_of_one_prompt(target):  # C36
     ids = prompt(9)
     kwargs = {"max_new_tokens": 25, "num_return_sequences": 3}
     torch.manual_seed(0)
-    out = target.generate(
-        ids, **kwargs, do_sample=True, assistant_model=learned(target), return_dict_in_generate=True
-    )
+    out = target.generate(ids, **kwargs, do_sample=True, assistant_model=learned(target), return_dict_in_generate=True)
     assert out.sequences.shape == (3, 34) and out.speculation_stats.fallback_reason is None
     assert len({tuple(row) for row in out.sequences.tolist()}) == 3
 
@@ -169,7 +168,7 @@ def test_sampled_rows_follow_the_targets_distribution(target):
         for first, p in zip(*top(target, ids), strict=True):
             for second, q in zip(*top(target, torch.cat([ids, first.view(1, 1)], 1)), strict=True):
                 probabilities[int(first), int(second)] = float(p * q)
-    counts = {pair: 0 for pair in probabilities}
+    counts = dict.fromkeys(probabilities, 0)
     for pair in out.tolist():
         counts[tuple(pair)] += 1
     expected = {pair: 4000 * p for pair, p in probabilities.items()}
@@ -234,7 +233,7 @@ def test_a_streamer_is_refused_as_in_plain(target):
 
 
 def test_an_exception_in_a_batch_leaves_the_cache_as_it_was(target):
-    inputs, alone = padded()
+    inputs, _ = padded()
     first = target.generate(
         **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, assistant_model=learned(target)
     )
@@ -251,8 +250,13 @@ def test_an_exception_in_a_batch_leaves_the_cache_as_it_was(target):
 
     draft.next_token_logits = broken
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 6, dtype=torch.long)], dim=1)
-    arguments = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "eos_token_id": list(range(0, 64, 9))}
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "eos_token_id": list(range(0, 64, 9)),
+    }
     with pytest.raises(RuntimeError, match="on purpose"):
-        target.generate(first.sequences, **arguments, assistant_model=draft, past_key_values=cache)
+        target.generate(first.sequences, **arguments, assistant_model=draft, **{CACHE_ARG: cache})
     for layer, keys in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
