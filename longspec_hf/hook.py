@@ -125,14 +125,14 @@ def _wrap_validation(original: Callable) -> Callable:
     ) -> None:
         draft = kwargs.get("assistant_model")
         if not isinstance(draft, LongSpecDraftModel):
-            return original(self, mode, generation_config, kwargs)
+            return original(self, generation_mode, generation_config, kwargs)
         bind(draft, self)
         resolve_tree_settings(draft, generation_config)
         # What transformers refuses for other drafts only: several sequences, and tokenizers it would compare.
         general = copy.copy(generation_config)
         general.num_return_sequences = 1
         rest = {name: value for name, value in kwargs.items() if name != "assistant_model"}
-        return original(self, mode, general, rest)
+        return original(self, generation_mode, general, rest)
 
     return _validate_generation_mode
 
