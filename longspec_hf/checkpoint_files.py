@@ -85,7 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
         if len(indices) > 1 or len(found) > 1:
             names = ", ".join(path.name for path in indices or found)
             raise ValueError(
-                f"`source` ({folder}) must hold one checkpoint, got {names}. Keep the draft's alone or name it {usual}."
+                f"`source` ({folder}) must hold one checkpoint, got {names}. Keep the draft's, or name it {usual}."
             )
         if found:
             return found

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -62,11 +63,11 @@ def convert_checkpoint(
             the shape that was expected and the one that came.
     """
     dtype = _floating_dtype(dtype)
-    if not isinstance(window, int) or window < 1:
+    if type(window) is not int or window < 1:
         raise ValueError(f"`window` must be an integer of at least 1, got {window!r}. The published drafts have 512.")
     output = None if output_dir is None else _free_folder(Path(output_dir))
     folder = checkpoint_folder(source, revision, cache_dir, local_files_only)
-    target_config = _target_config(target, folder)
+    target_config = _target_config(target, folder, cache_dir=cache_dir, local_files_only=local_files_only)
     tensors = without_prefix(read_tensors(folder), where=str(source))
     dropped = [name for name in UNUSED if tensors.pop(name, None) is not None]
     overrides = {"target_name_or_path": published_target(str(source))} if target is None else {}
@@ -140,14 +141,16 @@ def check_fit(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size],
         )
 
 
-def _target_config(target: PreTrainedModel | PreTrainedConfig | str | os.PathLike | None, folder: Path):
+def _target_config(
+    target: PreTrainedModel | PreTrainedConfig | str | os.PathLike | None, folder: Path, **hub: Any
+) -> PreTrainedConfig:
     if isinstance(target, PreTrainedModel):
         return target.config
     if isinstance(target, PreTrainedConfig):
         config = target
     else:
         try:
-            config = AutoConfig.from_pretrained(folder if target is None else target)
+            config = AutoConfig.from_pretrained(folder if target is None else target, **hub)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`target` must be a model, its configuration, its folder or its Hub repository, got {target!r}"
