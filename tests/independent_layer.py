@@ -1,4 +1,4 @@
-"""The published LongSpec layer written a second time, from its maths, in plain PyTorch: nothing of the package is used.
+"""The published LongSpec layer written a second time, from its maths, in plain PyTorch, without the package.
 
 One text, no batch axis. Every quantity says which rows its queries see, as a boolean matrix; nothing is cached,
 blocked or fused.
@@ -220,9 +220,9 @@ class IndependentNumbers:
         """The window's edge: a text longer than 513 tokens."""
         ids, wanted = self.given["long_prompt_ids"], self.given["long_positions"]
         positions = torch.arange(len(ids))
-        for name, shift, parts in (("long_prefill", 0, ("hidden", "logits")), ("long_train_pad2", 2, ("hidden",))):
+        for name, shift in (("long_prefill", 0), ("long_train_pad2", 2)):
             outputs = self._whole(ids, positions, "long_target", shift)
-            self._keep(name, {part: value[wanted] for part, value in outputs.items()}, parts)
+            self._keep(name, {part: value[wanted] for part, value in outputs.items()})
         one = torch.ones(1, 1, dtype=torch.bool)
         root = self.given["long_step1_token"]
         self._keep("long_step1", self._nodes(ids, root, torch.zeros(1, dtype=torch.long), one, "long_target"))

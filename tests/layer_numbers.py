@@ -77,9 +77,7 @@ class PackageNumbers:
         states = read_target(self.target, self.bound.layer_idx, ids, positions)
         embeds = self.bound.embed_tokens(ids)
         cos_sin = self.bound.position_embeddings(positions, embeds)
-        return self.draft(
-            embeds, cos_sin, states.key, states.value, cross_attention_shift=shift
-        ).last_hidden_state
+        return self.draft(embeds, cos_sin, states.key, states.value, cross_attention_shift=shift).last_hidden_state
 
     def _loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         head = FrozenHead(self.bound.head_weight, self.bound.head_bias, self.bound.logit_softcap)
@@ -120,14 +118,14 @@ class PackageNumbers:
             return head(hidden) if score is None else score(len(seen) - 1, token_ids, head(hidden))
 
         generator = LongSpecCandidateGenerator(self.draft, self.bound, TreeSettings(shape, 64, 0, 2))
-        generator.start(text[0].tolist(), torch.arange(text.shape[1]))
+        generator.start(text.tolist(), torch.arange(text.shape[1])[None])
         for committed in rounds:
-            generator.append(committed[0].tolist())
+            generator.append(committed.tolist())
         read = torch.cat([text, *rounds], 1)[:, :-1]
         cache = self.target(read, use_cache=True)[CACHE_ARG]
         self.draft.next_token_logits = look
         try:
-            generator.propose(cache)
+            generator.propose(cache, [len(shape)])
         finally:
             del self.draft.next_token_logits
         return seen

@@ -49,7 +49,8 @@ def write_draft(folder: Path, config: LlamaConfig, seed: int = 0) -> dict[str, t
 
 @torch.no_grad()
 def independent_numbers(tensors: dict, target, given: dict) -> dict[str, torch.Tensor]:
-    """All quantities of a draft by the independent layer."""
+    """All quantities of a draft by the independent layer, in the target's dtype."""
+    tensors = {name: value.to(target.dtype) for name, value in tensors.items()}
     layer = IndependentLayer(tensors, sizes_of(target.config))
     return IndependentNumbers(layer, target.get_input_embeddings().weight, target.lm_head.weight, given).all()
 
@@ -59,9 +60,9 @@ def main() -> None:
     target = tiny_target("llama", max_position_embeddings=32768, **sizes)
     target.save_pretrained(FOLDER / "target")
     tensors = write_draft(FOLDER / "draft", target.config)
-    given = given_for(target)
+    given = given_for(target.double())
     expected = independent_numbers(tensors, target, given)
-    kept = {name: value[-KEPT_ROWS:].clone() for name, value in expected.items() if not name.endswith("_logits")}
+    kept = {name: value[-KEPT_ROWS:].float() for name, value in expected.items() if not name.endswith("_logits")}
     save_file(kept, FOLDER / "expected.safetensors")
     ids = {name: value.clone() for name, value in given.items() if not value.is_floating_point()}
     save_file(ids, FOLDER / "given.safetensors")
