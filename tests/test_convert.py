@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,7 +95,9 @@ def test_every_number_equals_the_stored_ones(tmp_path):
 
 
 def test_configuration(folder, target):
-    config = convert_checkpoint(folder).config
+    draft = convert_checkpoint(folder)
+    assert not draft.training and draft.device.type == "cpu"
+    config = draft.config
     expected = LongSpecDraftConfig.from_target(target.config)
     for name in ("vocab_size", "hidden_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "intermediate_size"):
         assert getattr(config, name) == getattr(expected, name)
@@ -101,6 +105,7 @@ def test_configuration(folder, target):
     assert config.sliding_window == 513  # 512 tokens before the query and the query's own
     assert config.target_name_or_path is None
     assert convert_checkpoint(folder, window=4).config.sliding_window == 5
+    assert not convert_checkpoint(folder, tiny_target("qwen3")).config.qk_norm
 
 
 @pytest.mark.parametrize("layout", ["bin", "shards", "bin shards", "odd name", "hub", "hub bin", "hub shards"])
@@ -125,6 +130,27 @@ def test_sources(tmp_path, folder, layout):
     assert draft.config.target_name_or_path == "Qwen/QwQ-32B-Preview"
     with pytest.raises(ValueError, match=r"`source` must be a folder or a Hub repository.*revision v2"):
         convert_checkpoint(name, revision="v2", **options)
+
+
+def test_only_the_needed_files_are_fetched(tmp_path, folder, monkeypatch):
+    """`.bin` files of a repository are fetched only where it has no safetensors."""
+    local = tmp_path / "local"
+    local.mkdir()
+
+    def fetch(name, allow_patterns, **options):
+        for path in folder.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, local)
+        return str(local)
+
+    monkeypatch.setattr("longspec_hf.checkpoint_files.snapshot_download", fetch)
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "README.md").touch()
+    expected = convert_checkpoint("org/draft")
+    assert sorted(path.name for path in local.iterdir()) == ["config.json", "model.safetensors"]
+    as_bin(folder)
+    (local / "model.safetensors").unlink()
+    assert same_tensors(convert_checkpoint("org/draft"), expected)
 
 
 @pytest.mark.parametrize("prefix", ["model.layers.0.", "draft_model.", "module.mlp."])
@@ -296,10 +322,17 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, folder, monkeypatch, erro
         (place / "config.json").write_text("half")
         raise error
 
-    monkeypatch.setattr(LongSpecDraftModel, "save_pretrained", interrupted)
-    with pytest.raises(error):
-        convert_checkpoint(folder, output_dir=tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+    def rename_fails(self, place):
+        raise error
+
+    for owner, name, replacement in (
+        (LongSpecDraftModel, "save_pretrained", interrupted),
+        (Path, "rename", rename_fails),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(owner, name, replacement)
+            convert_checkpoint(folder, output_dir=tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
