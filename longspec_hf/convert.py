@@ -144,10 +144,8 @@ def check_fit(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size],
 def _target_config(
     target: PreTrainedModel | PreTrainedConfig | str | os.PathLike | None, folder: Path, **hub: Any
 ) -> PreTrainedConfig:
-    if isinstance(target, PreTrainedModel):
-        return target.config
-    if isinstance(target, PreTrainedConfig):
-        config = target
+    if isinstance(target, (PreTrainedModel, PreTrainedConfig)):
+        config = target.config if isinstance(target, PreTrainedModel) else target
     else:
         try:
             config = AutoConfig.from_pretrained(folder if target is None else target, **hub)

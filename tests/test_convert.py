@@ -299,8 +299,9 @@ def test_a_converted_draft_is_not_converted_again(tmp_path, folder):
     convert_checkpoint(folder, output_dir=tmp_path / "out")
     with pytest.raises(ValueError, match=r"`source` must not be a converted draft.*from_pretrained"):
         convert_checkpoint(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"`target` must not be a converted draft"):
-        convert_checkpoint(folder, AutoConfig.from_pretrained(tmp_path / "out"))
+    for converted in (AutoConfig.from_pretrained(tmp_path / "out"), convert_checkpoint(folder)):
+        with pytest.raises(ValueError, match=r"`target` must not be a converted draft"):
+            convert_checkpoint(folder, converted)
 
 
 def test_output_is_never_overwritten(tmp_path, folder):
