@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .cache import LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
+from .convert import convert_checkpoint
 from .hook import install, uninstall
 from .modeling_longspec import LongSpecDraftModel, LongSpecDraftOutput
 from .stats import LongSpecGenerateOutput, SpeculationStats
@@ -26,6 +27,7 @@ __all__ = [
     "SpeculationStats",
     "TokenTree",
     "__version__",
+    "convert_checkpoint",
     "install",
     "uninstall",
 ]

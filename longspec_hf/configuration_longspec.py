@@ -8,6 +8,10 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
+CONVERSION_HINT = (
+    "A draft in the layout of the published `sail/longspec-*` checkpoints must be converted first, by "
+    "`longspec-hf convert` or `longspec_hf.convert_checkpoint`."
+)
 
 
 class LongSpecDraftConfig(PreTrainedConfig):
@@ -108,6 +112,21 @@ class LongSpecDraftConfig(PreTrainedConfig):
                     f"`draft_vocab_size` must be at most `vocab_size` ({self.vocab_size}), got "
                     f"{self.draft_vocab_size}. Use `None` to let the draft propose every token."
                 )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, and refuses the configuration of another kind of model.
+
+        Raises:
+            ValueError: `config_dict` names another `model_type`.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must hold a LongSpec draft (`model_type` {cls.model_type!r}), got a "
+                f"configuration of type {found!r}. {CONVERSION_HINT}"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> LongSpecDraftConfig:

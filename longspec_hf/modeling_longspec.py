@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
-from .configuration_longspec import LongSpecDraftConfig
+from .configuration_longspec import CONVERSION_HINT, LongSpecDraftConfig
 from .draft_attention import (
     apply_rotary,
     blocked_window_attention,
@@ -166,7 +166,7 @@ class LongSpecDraftModel(PreTrainedModel):
         if faults:
             raise ValueError(
                 f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) does not hold a complete LongSpec "
-                f"draft: {'; '.join(faults)}. Published `sail/longspec-*` checkpoints must be converted first."
+                f"draft: {'; '.join(faults)}. {CONVERSION_HINT}"
             )
         return (model, info) if wants_info else model
 
