@@ -21,11 +21,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class Pair:
-    """What a call needs: `pair.target.generate(**inputs, assistant_model=pair.draft)`."""
+    """What a call needs: `pair.target.generate(**inputs, assistant_model=pair.draft)`; no draft is plain decoding."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    draft: LongSpecDraftModel
+    draft: LongSpecDraftModel | None
 
     @property
     def context(self) -> int:
@@ -103,12 +103,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], chat: bool | None = None, system: str | None = None
+    pair: Pair, prompts: list[str], chat: bool | None = None, system: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """Ids and mask `[len(prompts), longest]` of some prompts, padded on the left.
+    """Ids and mask `[len(prompts), longest]` of some prompts on the target's device, padded on the left.
 
     Args:
-        tokenizer: the target's.
+        pair: whose tokenizer and device to use.
         prompts: user messages, or texts to continue.
         chat: whether to put each into the tokenizer's chat template; by default where it has one.
         system: a system message before each; needs `chat`.
@@ -118,6 +118,7 @@ def encode_prompts(
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("`prompts` must be texts that are not empty, got an empty one. Check the file or the pipe.")
+    tokenizer = pair.tokenizer
     chat = bool(tokenizer.chat_template) if chat is None else chat
     if chat and not tokenizer.chat_template:
         raise ValueError("`chat` needs a tokenizer with a chat template, this one has none. Leave `chat` off.")
@@ -129,7 +130,7 @@ def encode_prompts(
         prompts = tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=False)
     pads = {} if len(prompts) == 1 else {"padding": True, "padding_side": "left"}
     encoded = tokenizer(prompts, add_special_tokens=not chat, return_tensors="pt", **pads)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    return {name: encoded[name].to(pair.target.device) for name in ("input_ids", "attention_mask")}
 
 
 def _embedded_folder() -> Path:

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .stats import SpeculationStats
+
+PLAIN = "no draft was given"
+
+
+def describe_output(output: Any, prompt_tokens: int, seconds: float) -> str:
+    """`describe` of what `generate(return_dict_in_generate=True)` returned, with or without a draft.
+
+    Args:
+        output: with `sequences` `[B, T]`.
+        prompt_tokens: length of the prompt, padding included.
+        seconds: wall time of the whole call.
+    """
+    rows, length = output.sequences.shape
+    plain = SpeculationStats(committed=rows * (length - prompt_tokens), fallback_reason=PLAIN)
+    return describe(getattr(output, "speculation_stats", plain), prompt_tokens, seconds)
 
 
 def describe(stats: SpeculationStats, prompt_tokens: int, seconds: float) -> str:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from models import tiny_target
 from saved_pairs import save_tiny_pair, word_tokenizer
 
 from longspec_hf import pairs
-from longspec_hf.pairs import encode_prompts, load_pair, shipped_draft_folder
+from longspec_hf.pairs import Pair, encode_prompts, load_pair, shipped_draft_folder
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +63,22 @@ def test_the_shipped_draft_is_there(monkeypatch, tmp_path):
         shipped_draft_folder()
 
 
+def word_pair(chat=True):
+    return Pair(tiny_target(), word_tokenizer(chat), None)
+
+
 def test_prompts_are_padded_on_the_left():
-    inputs = encode_prompts(word_tokenizer(), ["w7", "w8 w9"], chat=False)
+    inputs = encode_prompts(word_pair(), ["w7", "w8 w9"], chat=False)
     assert inputs["input_ids"].tolist() == [[1, 7], [8, 9]]
     assert inputs["attention_mask"].tolist() == [[0, 1], [1, 1]]
 
 
 def test_the_chat_template_is_used_where_there_is_one():
-    tokenizer = word_tokenizer()
-    assert tokenizer.decode(encode_prompts(tokenizer, ["w7"])["input_ids"][0]) == "user w7 assistant"
-    with_system = encode_prompts(tokenizer, ["w7"], system="w9")
-    assert tokenizer.decode(with_system["input_ids"][0]) == "system w9 user w7 assistant"
-    assert encode_prompts(word_tokenizer(chat=False), ["w7"])["input_ids"].tolist() == [[7]]
+    pair = word_pair()
+    assert pair.tokenizer.decode(encode_prompts(pair, ["w7"])["input_ids"][0]) == "user w7 assistant"
+    with_system = encode_prompts(pair, ["w7"], system="w9")
+    assert pair.tokenizer.decode(with_system["input_ids"][0]) == "system w9 user w7 assistant"
+    assert encode_prompts(word_pair(chat=False), ["w7"])["input_ids"].tolist() == [[7]]
 
 
 @pytest.mark.parametrize(
@@ -87,4 +92,4 @@ def test_the_chat_template_is_used_where_there_is_one():
 )
 def test_prompts_that_are_none(prompts, options, message):
     with pytest.raises(ValueError, match=message):
-        encode_prompts(word_tokenizer(chat=False), prompts, **options)
+        encode_prompts(word_pair(chat=False), prompts, **options)

@@ -7,13 +7,18 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from transformers import TextStreamer
 
 from ..pairs import encode_prompts
-from ..report import describe
-from ..stats import SpeculationStats
-from .options import add_decoding_options, add_pair_options, generation_config_of, load_pair_of
+from ..report import describe_output
+from .options import (
+    add_decoding_options,
+    add_pair_options,
+    generation_config_of,
+    load_pair_of,
+    set_seed,
+    warn_of_context,
+)
 
 DESCRIPTION = """Continue a prompt with a LongSpec pair. The text goes to stdout as it comes, statistics to stderr.
 
@@ -21,7 +26,6 @@ DESCRIPTION = """Continue a prompt with a LongSpec pair. The text goes to stdout
     git diff | longspec-hf generate - --system "Describe this change in one sentence."
     longspec-hf generate --prompt "Name three rivers." --temperature 0.8 --seed 1
 """
-PLAIN = "`plain` was given"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -39,7 +43,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="put the prompt into the tokenizer's chat template; by default where it has one",
     )
     parser.add_argument("--system", help="system message, with a chat template")
-    parser.add_argument("--plain", action="store_true", help="without the draft, to compare")
     parser.add_argument("--quiet", action="store_true", help="no statistics")
     add_pair_options(parser)
     add_decoding_options(parser, max_new_tokens=256)
@@ -50,28 +53,19 @@ def run(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.file, args.prompt)
     pair = load_pair_of(args)
     config = generation_config_of(args, pair.target)
-    inputs = encode_prompts(pair.tokenizer, [prompt], args.chat, args.system)
+    inputs = encode_prompts(pair, [prompt], args.chat, args.system)
     length = inputs["input_ids"].shape[1]
-    if length + args.max_new_tokens > pair.context:
-        print(
-            f"{length} prompt tokens and {args.max_new_tokens} new ones exceed the {pair.context} the target was made "
-            "for; expect worse text at the end.",
-            file=sys.stderr,
-        )
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
+    warn_of_context(pair, length, args.max_new_tokens)
+    set_seed(args)
     began = time.perf_counter()
     output = pair.target.generate(
-        **{name: tensor.to(pair.target.device) for name, tensor in inputs.items()},
-        assistant_model=None if args.plain else pair.draft,
+        **inputs,
+        assistant_model=pair.draft,
         generation_config=config,
         streamer=TextStreamer(pair.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     if not args.quiet:
-        seconds = time.perf_counter() - began
-        new = output.sequences.shape[1] - length
-        stats = getattr(output, "speculation_stats", SpeculationStats(committed=new, fallback_reason=PLAIN))
-        print(describe(stats, length, seconds), file=sys.stderr)
+        print(describe_output(output, length, time.perf_counter() - began), file=sys.stderr)
 
 
 def read_prompt(file: str | None, prompt: str | None) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..pairs import DTYPES, EMBEDDED, Pair, load_pair
@@ -15,12 +18,13 @@ TREE = ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match"
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
-    """`--target`, `--draft`, `--dtype`, `--device`."""
+    """`--target`, `--draft`, `--dtype`, `--device`, `--plain`."""
     group = parser.add_argument_group("models")
     group.add_argument("--target", default=EMBEDDED, help="Hub id, folder or `embedded` (SmolLM2-135M-Instruct)")
     group.add_argument("--draft", help="Hub id or folder; the shipped draft for the embedded target")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of both models; auto: the checkpoint's")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default the first GPU, else the CPU")
+    group.add_argument("--plain", action="store_true", help="leave the draft out, to compare")
 
 
 def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -47,13 +51,14 @@ def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
 
 
 def load_pair_of(args: argparse.Namespace) -> Pair:
-    """The pair the options name; the decoding options are checked before anything is loaded.
+    """The pair the options name, without its draft for `--plain`; the decoding options are checked first.
 
     Raises:
         ValueError: an option is out of range or names nothing that can be loaded.
     """
     validate_decoding_options(args)
-    return load_pair(args.target, args.draft, args.dtype, args.device)
+    pair = load_pair(args.target, args.draft, args.dtype, args.device)
+    return replace(pair, draft=None) if args.plain else pair
 
 
 def validate_decoding_options(args: argparse.Namespace) -> None:
@@ -87,6 +92,22 @@ def generation_config_of(args: argparse.Namespace, target: PreTrainedModel) -> G
         ends = config.eos_token_id
         config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     return config
+
+
+def set_seed(args: argparse.Namespace) -> None:
+    """Start the random stream at `--seed`, where one was given."""
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+
+
+def warn_of_context(pair: Pair, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Say on stderr if the text can outgrow what the target was made for."""
+    if prompt_tokens + max_new_tokens > pair.context:
+        print(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the {pair.context} the target was "
+            "made for; expect worse text at the end.",
+            file=sys.stderr,
+        )
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

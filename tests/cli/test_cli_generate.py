@@ -28,7 +28,7 @@ def test_the_text_is_the_plain_one(capsys, models, options):
     assert with_draft.out == plain.out and len(with_draft.out.split()) > 10
     assert "tau" in with_draft.err
     assert "5 prompt tokens" in with_draft.err  # with the template's two
-    assert "without speculation: `plain` was given" in plain.err and "tau" not in plain.err
+    assert "without speculation: no draft was given" in plain.err and "tau" not in plain.err
 
 
 def test_prompts_from_everywhere(capsys, models, tmp_path, monkeypatch):
