@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 CODE_FILE = "modeling_longspec_remote.py"
 AUTO_MAP = {
@@ -54,9 +54,8 @@ def export_with_remote_code(draft: str | os.PathLike, output_dir: str | os.PathL
         ValueError: `draft` is no LongSpec draft, or `output_dir` holds files.
     """
     source, output = Path(draft), Path(output_dir)
-    if not source.is_dir():
-        source = Path(snapshot_download(str(draft)))
-    config = source / "config.json"
+    # Of a repository only the configuration is fetched before it is known to hold a draft.
+    config = source / "config.json" if source.is_dir() else Path(hf_hub_download(str(draft), "config.json"))
     fields = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     if fields.get("model_type") != "longspec":
         raise ValueError(
@@ -65,6 +64,7 @@ def export_with_remote_code(draft: str | os.PathLike, output_dir: str | os.PathL
         )
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"`output_dir` must be a new or empty folder, got {str(output_dir)!r}, which holds files.")
+    source = source if source.is_dir() else Path(snapshot_download(str(draft)))
     shutil.copytree(source, output, dirs_exist_ok=True)
     fields["auto_map"] = {name: f"{Path(CODE_FILE).stem}.{cls}" for name, cls in AUTO_MAP.items()}
     (output / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

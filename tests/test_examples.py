@@ -1,30 +1,19 @@
 """The examples run on the embedded target and its shipped draft, and say what plain decoding says."""
 
-import functools
-import importlib.util
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import example
 from saved_pairs import word_tokenizer
 
 from longspec_hf.pairs import load_pair
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNNABLE = ["batch_file", "chat", "complete_code", "long_reasoning", "stream", "summarize_document"]
 # A chain of two: on a CPU a forward over many tokens costs many times one over a single token.
 SHORT = ["--max-new-tokens", "6", "--tree-shape", "1", "1", "--ngram-branch-length", "2", "--device", "cpu"]
-
-
-@functools.cache
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,21 @@
 """Pairs by Hub name: from a cache, from a server, and pushed to one. Each in a process of its own environment."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import FakeHub, etag, serve
+from processes import run_python
 from saved_pairs import save_tiny_pair
 from transformers import AutoModelForCausalLM
 
 from longspec_hf import LongSpecDraftModel
 
-ROOT = Path(__file__).parent.parent
 GENERATE = """
 import json, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 import longspec_hf
 target = AutoModelForCausalLM.from_pretrained("org/target").eval()
 tokenizer = AutoTokenizer.from_pretrained("org/target")
@@ -28,18 +25,23 @@ inputs = tokenizer("w7 w8 w9", return_tensors="pt")
 settings = {"max_new_tokens": 20, "do_sample": False}
 out = target.generate(**inputs, assistant_model=draft, return_dict_in_generate=True, **settings)
 assert out.speculation_stats.rounds > 0
+print(json.dumps([out.sequences.tolist(), [tensor.double().sum().item() for tensor in draft.state_dict().values()]]))
+"""
+PIPELINE = """
+from transformers import pipeline
 pipe = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=draft)
 text = pipe("w7 w8 w9", **settings)[0]["generated_text"]
 assert text.replace(" ", "") == tokenizer.decode(out.sequences[0], skip_special_tokens=True).replace(" ", "")
-print(json.dumps([out.sequences.tolist(), [tensor.double().sum().item() for tensor in draft.state_dict().values()]]))
 """
 PUSH = """
+from longspec_hf.remote_code import export_with_remote_code
 import torch, longspec_hf, sys
 from longspec_hf.pairs import load_pair
 draft = longspec_hf.LongSpecDraftModel.from_pretrained(sys.argv[1])
 print(draft.push_to_hub("org/pushed"))
 again = longspec_hf.LongSpecDraftModel.from_pretrained("org/pushed")
 assert all(torch.equal(a, b) for a, b in zip(draft.state_dict().values(), again.state_dict().values(), strict=True))
+export_with_remote_code("org/pushed", sys.argv[2])
 try:
     load_pair(draft="org/none")
 except ValueError as error:
@@ -50,17 +52,6 @@ except ValueError as error:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return save_tiny_pair(tmp_path_factory.mktemp("pair"))
-
-
-def run(code, home, *arguments, **variables):
-    """Run `code` with nothing of this process's Hub settings; returns its lines."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")])
-    environment = {**kept, "PYTHONPATH": paths, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +78,7 @@ def lay_out_cache(cache, name, folder, commit="c" * 40):
 def test_from_a_cache_without_a_network(pair, expected, tmp_path):
     for name, folder in zip(("org/target", "org/draft"), pair, strict=True):
         lay_out_cache(tmp_path / "cache", name, folder)
-    (line,) = run(GENERATE, tmp_path / "home", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"))
+    (line,) = run_python(GENERATE + PIPELINE, tmp_path, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"))
     assert json.loads(line) == expected
 
 
@@ -96,7 +87,7 @@ def test_from_a_server_and_then_from_the_cache_it_filled(pair, expected, tmp_pat
     for name, folder in zip(("org/target", "org/draft"), pair, strict=True):
         hub.add_folder(name, folder)
     with serve(hub):
-        assert json.loads(*run(GENERATE, tmp_path, HF_ENDPOINT=hub.url)) == expected
+        assert json.loads(*run_python(GENERATE, tmp_path, HF_ENDPOINT=hub.url)) == expected
     downloads = [
         line for line in hub.requests if line.startswith("GET") and line.endswith("draft/resolve/main/config.json")
     ]
@@ -104,15 +95,18 @@ def test_from_a_server_and_then_from_the_cache_it_filled(pair, expected, tmp_pat
     assert sum(line.startswith("GET") and line.endswith("model.safetensors") for line in hub.requests) == 2
     assert (tmp_path / "hub" / "models--org--draft" / "refs" / "main").read_text() == hub.commit("org/draft")
     # The server is gone now.
-    assert json.loads(*run(GENERATE, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")) == expected
+    assert json.loads(*run_python(GENERATE, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")) == expected
 
 
 def test_push_and_load_again_and_what_is_not_there(pair, tmp_path):
     with serve(FakeHub()) as hub:
-        url, message = run(PUSH, tmp_path, pair[1], HF_ENDPOINT=hub.url, HF_TOKEN="hf_x", HF_HUB_DISABLE_XET="1")
+        url, message = run_python(
+            PUSH, tmp_path, pair[1], HF_ENDPOINT=hub.url, HF_TOKEN="hf_x", HF_HUB_DISABLE_XET="1"
+        )
     assert url == f"{hub.url}/org/pushed/commit/{hub.commit('org/pushed')}"
     assert message.startswith("`draft` must be a Hub id or a folder of a model, got 'org/none': ")
     pushed = hub.repos["org/pushed"]
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == pushed["model.safetensors"]
     assert {"config.json", "model.safetensors"} <= set(pushed)
     assert json.loads(pushed["config.json"])["model_type"] == "longspec"
     assert len(hub.objects) == 1  # the weights, and only they, went as a large file
