@@ -19,13 +19,12 @@ def run_python(
         code: Python source.
         home: `HF_HOME` of the process.
         arguments: its `sys.argv[1:]`.
-        path: import path; by default this checkout's.
+        path: first places to import from; by default this checkout's.
         variables: further environment.
     """
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_", "PYTHON"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
     places = [ROOT, ROOT / "kernels"] if path is None else path
+    places = [*places, *filter(None, [kept.get("PYTHONPATH")])]  # another transformers may lie there
     environment = {
         **kept,
         "PYTHONPATH": os.pathsep.join(map(str, places)),

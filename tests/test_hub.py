@@ -100,9 +100,8 @@ def test_from_a_server_and_then_from_the_cache_it_filled(pair, expected, tmp_pat
 
 def test_push_and_load_again_and_what_is_not_there(pair, tmp_path):
     with serve(FakeHub()) as hub:
-        url, message = run_python(
-            PUSH, tmp_path, pair[1], HF_ENDPOINT=hub.url, HF_TOKEN="hf_x", HF_HUB_DISABLE_XET="1"
-        )
+        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
+        url, message = run_python(PUSH, tmp_path, pair[1], tmp_path / "exported", **settings)
     assert url == f"{hub.url}/org/pushed/commit/{hub.commit('org/pushed')}"
     assert message.startswith("`draft` must be a Hub id or a folder of a model, got 'org/none': ")
     pushed = hub.repos["org/pushed"]
