@@ -28,6 +28,7 @@ SHAPES = {"qwen2.5-7b": (28, 4, 128), "llama-3-8b": (32, 8, 128), "vicuna-7b": (
 PAPER = "paper (flash-attn)" if has_flash_attn() else "paper (torch flash)"
 DTYPE = torch.bfloat16
 MIN_SET_BYTES = 2**28  # K/V sets rotated over: several times the L2 cache of any card
+MIN_CALLS = 16  # in a graph, whose own launch takes some microseconds
 REPLAYS = 15
 SETTLE_SECONDS = 0.5  # after the checks
 
@@ -106,6 +107,12 @@ def sdpa(problem: Problem, key: torch.Tensor, value: torch.Tensor) -> torch.Tens
     )
 
 
+def rotated(call: Callable[..., object], sets: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Callable[[], object]]:
+    """`call` on one K/V set after the other, `MIN_CALLS` times at least."""
+    rounds = -(-MIN_CALLS // len(sets))
+    return [functools.partial(call, *pair) for pair in sets] * rounds
+
+
 @functools.cache
 def compiled_flex() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -122,11 +129,24 @@ def flex(problem: Problem) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     def mask(_batch: torch.Tensor, _head: torch.Tensor, node: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         return (row < prefix) | visible[node, (row - prefix).clamp(min=0)]
 
-    nodes = problem.query.shape[2]
+    heads, nodes = problem.query.shape[1:3]
     block_mask = create_block_mask(mask, 1, 1, nodes, prefix + nodes, device=str(problem.query.device))
+    most_rows = block_mask.BLOCK_SIZE[0]
+    # The kernel for short queries makes the nodes of a group of heads one tile of rows; more rows than a block
+    # of the mask has leave it without a configuration ("No choices exist for backend").
+    too_many = nodes * heads // problem.sets[0][0].shape[1] > most_rows
+    options = {"BLOCK_M": most_rows} if too_many else {}
 
     def run(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return compiled_flex()(problem.query, key, value, block_mask=block_mask, scale=problem.scale, enable_gqa=True)
+        return compiled_flex()(
+            problem.query,
+            key,
+            value,
+            block_mask=block_mask,
+            scale=problem.scale,
+            enable_gqa=True,
+            kernel_options=options,
+        )
 
     return run
 
@@ -143,10 +163,17 @@ def compiles(name: str, problem: Problem) -> bool:
     """Whether a backend runs here at all: FlexAttention has no kernel for some shapes, which its first call says."""
     try:
         backend(name, problem)(*problem.sets[0])
-    except RuntimeError as error:
-        print(f"{name} left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+    except Exception as error:  # compilers have many; none may end the run
+        print(f"{name} left out: {type(error).__name__}: {first_line(error)}")
         return False
     return True
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error, or the one behind it, has to say."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -215,7 +242,7 @@ def measure(problem: Problem, names: list[str], copy: float, matmul: float) -> l
     """One row per backend: microseconds, the floor's, and their ratio."""
     floor = max(problem.kv_bytes / copy, problem.flops / matmul) * 1e6
     calls = [backend(name, problem) for name in names]
-    times = median_microseconds(*([functools.partial(call, *pair) for pair in problem.sets] for call in calls))
+    times = median_microseconds(*(rotated(call, problem.sets) for call in calls))
     return [
         {"backend": name, "us": round(took, 2), "floor_us": round(floor, 2), "x_floor": round(took / floor, 3)}
         for name, took in zip(names, times, strict=True)

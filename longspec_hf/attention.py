@@ -33,9 +33,8 @@ class TreeAttention:
     shared: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tree: TokenTree, prefix_length: int, starts: torch.Tensor | None) -> TreeAttention:
-        """Metadata of a tree whose rows follow `prefix_length` committed ones."""
-        prefix_lens = tree.depths.new_full((tree.depths.shape[0],), prefix_length, dtype=torch.int32)
+    def of(cls, tree: TokenTree, prefix_lens: torch.Tensor, starts: torch.Tensor | None) -> TreeAttention:
+        """Metadata of trees whose rows follow `prefix_lens` (int32 `[B]`) committed ones."""
         return cls(prefix_lens, tree.ancestor_bits(), tree.depths, starts)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,11 +87,45 @@ class LongSpecLayer(DynamicLayer):
         self.length = end
         return self._key_buffer[:, :, :end], self._value_buffer[:, :, :end]
 
-    def move_rows(self, source: torch.Tensor, first: int) -> None:
-        """Copy rows `source` `[n]` to `first ..` in place."""
-        rows = slice(first, first + source.shape[0])
+    def write_tree(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a tree's rows `[b, Hkv, T, D]` of the first b sequences to rows `[b, T]`, which stay uncommitted.
+
+        Returns the whole buffers of those sequences: nothing here depends on a length, so a compiled target is
+        compiled once.
+        """
+        buffers = self.buffers(rows.shape[0])
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+            if rows.shape[0] == 1:
+                buffer.index_copy_(2, rows[0], states)
+            else:
+                buffer.scatter_(2, rows[:, None, :, None].expand_as(states), states)
+        return buffers
+
+    def buffers(self, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[sequences, Hkv, capacity, D]` of the first sequences, spare rows included."""
+        return self._key_buffer[:sequences], self._value_buffer[:sequences]
+
+    def move_rows(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy rows `source` to rows `target`, `[b, n]` each, in place."""
+        for buffer in self.buffers(source.shape[0]):
+            if source.shape[0] == 1:
+                buffer.index_copy_(2, target[0], buffer.index_select(2, source[0]))
+            else:
+                shape = (-1, buffer.shape[1], -1, buffer.shape[3])
+                moved = buffer.gather(2, source[:, None, :, None].expand(shape))
+                buffer.scatter_(2, target[:, None, :, None].expand(shape), moved)
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two sequences."""
         for buffer in (self._key_buffer, self._value_buffer):
-            buffer[:, :, rows] = buffer[:, :, source.to(buffer.device)]
+            buffer[[one, other]] = buffer[[other, one]]
+
+    def clear_rows(self, sequence: int, first: int) -> None:
+        """Zero the rows of a sequence from `first` on."""
+        for buffer in (self._key_buffer, self._value_buffer):
+            buffer[sequence, :, first:] = 0
 
     def get_seq_length(self) -> int:
         return self.length
@@ -109,18 +144,22 @@ class LongSpecLayer(DynamicLayer):
 class LongSpecCache(Cache):
     """Cache of a target that is decoded with a LongSpec draft.
 
-    Behaves like a `DynamicCache`, so it can be passed on to the next `generate` call or `forward`. Per layer it holds
-    rows for committed tokens, and during a round the rows of the tree behind them.
+    Behaves like a `DynamicCache`, so it can be passed on to the next `generate` call or `forward`. Between
+    `begin_rounds` and `end_rounds` the sequences of a batch have lengths of their own, and the rows of a round's tree
+    lie behind them, uncommitted.
 
     Attributes:
         draft_window: the draft's own constant-size K/V, `None` before the first round.
+        row_lengths: committed rows of each sequence, while there are rounds.
     """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=LongSpecLayer)
         self._announced = 0
         self._limit: int | None = None
+        self._tree_rows: dict[torch.device, torch.Tensor] | None = None
         self.draft_window: DraftWindow | None = None
+        self.row_lengths: list[int] = []
 
     @staticmethod
     def can_take_over(cache: Cache) -> bool:
@@ -150,7 +189,10 @@ class LongSpecCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         while len(self.layers) <= layer_idx:
             self.layers.append(LongSpecLayer(self._announced, self._limit))
-        return self.layers[layer_idx].update(key_states, value_states)
+        layer = self.layers[layer_idx]
+        if self._tree_rows is None:
+            return layer.update(key_states, value_states)
+        return layer.write_tree(key_states, value_states, self._tree_rows[key_states.device])
 
     def reserve(self, rows: int, limit: int | None = None) -> None:
         """Make room for `rows` rows in every layer; a layer that has none yet gets them at its first write.
@@ -165,24 +207,69 @@ class LongSpecCache(Cache):
             if layer.is_initialized:
                 layer.reserve(rows)
 
-    def commit(self, visited: Sequence[int], num_nodes: int) -> None:
+    def begin_rounds(self, sequences: int) -> None:
+        """From here on the sequences may come to differ in length."""
+        self.row_lengths = [self.get_seq_length()] * sequences
+
+    @contextmanager
+    def tree(self, sequences: int, nodes: int) -> Iterator[torch.Tensor]:
+        """Inside the block a forward over `nodes` nodes of the first `sequences` writes behind the committed rows.
+
+        Yields:
+            int32 `[sequences]`, the committed rows.
+        """
+        for layer in self.layers:
+            layer.reserve(max(self.row_lengths[:sequences]) + nodes)
+        devices = {layer.device for layer in self.layers}
+        lengths = torch.tensor(self.row_lengths[:sequences])
+        rows = lengths[:, None] + torch.arange(nodes)
+        self._tree_rows = {device: rows.to(device) for device in devices}
+        try:
+            yield lengths.to(torch.int32)
+        finally:
+            self._tree_rows = None
+
+    def commit(self, visited: Sequence[Sequence[int]]) -> None:
         """Keep the rows of the visited nodes of the tree written last, forget the others.
 
         Args:
-            visited: indices of the nodes on the committed path, the root (0) first, increasing.
-            num_nodes: rows the tree was written to.
+            visited: per sequence, indices of the nodes on the committed path, the root (0) first, increasing.
         """
-        base = self.get_seq_length() - num_nodes
         # Nodes that already lie in place (a chain always does) are not moved.
-        in_place = next((i for i, node in enumerate(visited) if node != i), len(visited))
-        if in_place < len(visited):
-            source = torch.tensor(visited[in_place:]) + base
+        if any(node != place for path in visited for place, node in enumerate(path)):
+            most = max(map(len, visited))
+            base = torch.tensor(self.row_lengths[: len(visited)])[:, None]
+            # Shorter paths are filled up with the root, which is moved onto itself.
+            source = base + torch.tensor([[*path, *[0] * (most - len(path))] for path in visited])
+            target = base + torch.tensor([[*range(len(path)), *[0] * (most - len(path))] for path in visited])
             for layer in self.layers:
-                layer.move_rows(source, base + in_place)
-        self.crop(len(visited) - num_nodes)
+                layer.move_rows(source.to(layer.device), target.to(layer.device))
+        self.set_lengths([length + len(path) for length, path in zip(self.row_lengths, visited, strict=False)])
+
+    def set_lengths(self, rows: Sequence[int]) -> None:
+        """Say how many rows of the first sequences are committed."""
+        self.row_lengths[: len(rows)] = rows
+        for layer in self.layers:
+            layer.length = max(self.row_lengths)
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two sequences."""
+        for layer in self.layers:
+            layer.swap(one, other)
+        lengths = self.row_lengths
+        lengths[one], lengths[other] = lengths[other], lengths[one]
+
+    def end_rounds(self) -> None:
+        """All sequences have one length again, the longest one's; the rows the others lack are zero."""
+        for sequence, length in enumerate(self.row_lengths):
+            if length < max(self.row_lengths):
+                for layer in self.layers:
+                    layer.clear_rows(sequence, length)
+        self.row_lengths = []
 
     def truncate(self, rows: int) -> None:
         """Keep at most the first `rows` rows of every layer, also when a broken-off forward wrote only some layers."""
+        self.row_lengths = []
         for layer in self.layers:
             layer.length = min(layer.length, rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Cache
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .beam import Beam, best_children, children_visibility
+from .cache import LongSpecCache
 from .draft_window import DraftWindow
 from .modeling_longspec import LongSpecDraftModel
 from .ngram_index import NgramIndex
@@ -19,16 +21,33 @@ from .target import BoundTarget
 from .tree import TokenTree, longest_path_through, merge
 
 
+@dataclass
+class DraftedSequence:
+    """What drafting knows on the host of one sequence.
+
+    Attributes:
+        index: n-gram index of its text.
+        root, root_position: newest committed token, which the next tree grows from.
+        waiting: committed tokens before it whose K/V are not in the draft's window yet.
+    """
+
+    index: NgramIndex
+    root: int = -1
+    root_position: int = -1
+    waiting: list[int] = field(default_factory=list)
+
+
 class LongSpecCandidateGenerator(CandidateGenerator):
     """Proposes a [`TokenTree`] per round (`propose`), or a chain for transformers' own loop (`get_candidates`).
 
-    It holds the text's n-gram index and the draft's window; the target's cache is read, never written. No random
+    It holds the texts' n-gram indices and the draft's window; the target's cache is read, never written. No random
     numbers are drawn.
 
     Args:
         draft: the draft model.
         bound: the target's parts, from [`bind`].
         settings: tree settings of the call.
+        sequences: sequences of the batch. Those that go on come first (`swap`).
         chain_cache, chain_max_length: only for `get_candidates`: the target's cache and the longest sequence.
     """
 
@@ -37,6 +56,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         draft: LongSpecDraftModel,
         bound: BoundTarget,
         settings: TreeSettings,
+        sequences: int = 1,
         chain_cache: Cache | None = None,
         chain_max_length: int = 0,
     ) -> None:
@@ -45,84 +65,147 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         self.settings = settings
         self.chain_cache = chain_cache
         self.chain_max_length = chain_max_length
-        self.index = NgramIndex(settings.ngram_min_match)
+        self.rows = [DraftedSequence(NgramIndex(settings.ngram_min_match)) for _ in range(sequences)]
         # Only nodes that are expanded have K/V: the root and all levels but the last.
         tree_rows = 1 + sum(settings.tree_shape[:-1])
         config = draft.config
         self.window = DraftWindow(
             config.sliding_window,
             tree_rows,
-            (1, config.num_key_value_heads, config.head_dim),
+            (sequences, config.num_key_value_heads, config.head_dim),
             draft.dtype,
             draft.device,
         )
-        self.root = -1
-        self.root_position = -1
-        self._waiting: list[int] = []  # committed tokens whose K/V are not in the window yet
 
-    def start(self, token_ids: Sequence[int], positions: torch.Tensor) -> None:
-        """Read the prompt; only its last `sliding_window` tokens are projected.
-
-        Args:
-            token_ids: the prompt's ids.
-            positions: `[n]` their positions.
-        """
-        self.index.extend(token_ids)
-        tail = min(len(token_ids), self.draft.config.sliding_window)
-        ids = torch.tensor([token_ids[len(token_ids) - tail :]], device=self.draft.device)
-        self._project(ids, positions[-tail:].to(self.draft.device).unsqueeze(0))
-        self.root_position = int(positions[-1])
-
-    def append(self, token_ids: Sequence[int]) -> None:
-        """Read newly committed tokens; the last becomes the root of the next tree."""
-        self.index.extend(token_ids)
-        if self.root >= 0:
-            self._waiting.append(self.root)
-        self._waiting.extend(token_ids[:-1])
-        self.root = token_ids[-1]
-        self.root_position += len(token_ids)
-
-    def propose(self, cache: Cache, starts: torch.Tensor | None = None, max_depth: int | None = None) -> TokenTree:
-        """Draft the next tree.
+    def start(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        positions: torch.Tensor,
+        embeds: torch.Tensor | None = None,
+    ) -> None:
+        """Read the prompts; only their last `sliding_window` tokens are projected.
 
         Args:
-            cache: the target's cache, holding the rows of all committed tokens but the root.
-            starts: `[1]` first row that is not padding.
-            max_depth: no node deeper than this.
+            token_ids: each prompt's ids, padding left out.
+            positions: `[B, n]` the prompts' positions; the last ones belong to the ids.
+            embeds: `[B, n, hidden]`, where the prompts are given as embeddings; then the ids may be fewer, or none.
         """
-        settings = self.settings if max_depth is None else self.settings.limited_to(max_depth)
-        self._flush()
-        root = torch.tensor([[self.root]], device=self.draft.device)
-        beam = self._beam(root, cache, starts, settings)
-        copied = self.index.continuation(settings.ngram_branch_length)
-        branch = torch.tensor([copied], dtype=torch.long, device=self.draft.device)
-        return merge(root, beam, branch, settings.max_tree_nodes).trim()
+        window = self.draft.config.sliding_window
+        tails: list[torch.Tensor] = []
+        for number, (row, ids) in enumerate(zip(self.rows, token_ids, strict=True)):
+            row.index.extend(ids)
+            row.root_position = int(positions[number, -1])
+            if embeds is None:
+                tail = torch.tensor(list(ids[-window:]), dtype=torch.long, device=self.draft.device)
+                tails.append(self.bound.embed_tokens(tail))
+            else:
+                # No more than there are positions: what lies before position 0 is padding.
+                tails.append(embeds[number, -min(window, row.root_position + 1) :].to(self.draft.device))
+        lasts = torch.tensor([row.root_position for row in self.rows], device=self.draft.device)
+        self._project(tails, lasts)
 
-    def _flush(self) -> None:
-        """Project the committed tokens before the root into the window."""
-        if self._waiting:
-            last = self.root_position
-            positions = torch.arange(last - len(self._waiting), last, device=self.draft.device)
-            self._project(torch.tensor([self._waiting], device=self.draft.device), positions.unsqueeze(0))
-            self._waiting = []
+    def append(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """Read newly committed tokens of the first sequences; the last becomes the root of the next tree."""
+        for row, ids in zip(self.rows, token_ids, strict=False):
+            row.index.extend(ids)
+            if row.root >= 0:
+                row.waiting.append(row.root)
+            row.waiting.extend(ids[:-1])
+            # What the window cannot hold need not be remembered.
+            del row.waiting[: -self.draft.config.sliding_window]
+            row.root = ids[-1]
+            row.root_position += len(ids)
 
-    def _project(self, token_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
-        embeds = self.bound.embed_tokens(token_ids)
-        cos, sin = self.bound.position_embeddings(position_ids, embeds)
-        self.window.append(*self.draft.window_keys_values(embeds, cos, sin))
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two sequences."""
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+        self.window.swap(one, other)
 
-    def _beam(self, root: torch.Tensor, cache: Cache, starts: torch.Tensor | None, settings: TreeSettings) -> Beam:
+    def root_positions(self, sequences: int) -> torch.Tensor:
+        """`[sequences, 1]` positions of the roots."""
+        return torch.tensor([[row.root_position] for row in self.rows[:sequences]], device=self.draft.device)
+
+    def root_only(self, sequences: int) -> TokenTree:
+        """The trees that propose nothing: a plain step."""
+        roots = torch.tensor([[row.root] for row in self.rows[:sequences]], device=self.draft.device)
+        return TokenTree.root_only(roots)
+
+    def propose(
+        self,
+        cache: Cache,
+        max_depths: Sequence[int],
+        starts: torch.Tensor | None = None,
+        static_shape: bool = False,
+    ) -> TokenTree:
+        """Draft the next tree of the first `len(max_depths)` sequences.
+
+        Args:
+            cache: the target's cache, holding the rows of all committed tokens but the roots.
+            max_depths: per sequence, no node deeper than this.
+            starts: int32, first cache row of each sequence that is not padding.
+            static_shape: give every tree the most nodes the settings allow, unused ones included.
+        """
+        count = len(max_depths)
+        settings = self.settings if static_shape else self.settings.limited_to(max(max_depths))
+        rows = self.rows[:count]
+        device = self.draft.device
+        self._flush(rows)
+        root = torch.tensor([[row.root] for row in rows], device=device)
+        limits = torch.tensor(max_depths, device=device).unsqueeze(1)
+        beam = self._beam(root, limits, cache, None if starts is None else starts[:count], settings)
+        copied = [row.index.continuation(settings.ngram_branch_length) for row in rows]
+        longest = settings.ngram_branch_length if static_shape else max(map(len, copied))
+        branch = [[*tokens, *[-1] * (longest - len(tokens))] for tokens in copied]
+        tree = merge(
+            root,
+            beam,
+            torch.tensor(branch, dtype=torch.long, device=device).view(count, longest),
+            settings.max_tree_nodes,
+            limits if static_shape or min(max_depths) < settings.depth else None,
+        )
+        return tree if static_shape else tree.trim()
+
+    def _flush(self, rows: Sequence[DraftedSequence]) -> None:
+        """Project the committed tokens before the roots into the window."""
+        if not any(row.waiting for row in rows):
+            return
+        device = self.draft.device
+        embeds = [self.bound.embed_tokens(torch.tensor(row.waiting, dtype=torch.long, device=device)) for row in rows]
+        self._project(embeds, torch.tensor([row.root_position - 1 for row in rows], device=device))
+        for row in rows:
+            row.waiting = []
+
+    def _project(self, embeds: Sequence[torch.Tensor], last_positions: torch.Tensor) -> None:
+        """Append K/V of `embeds`, `[n, hidden]` a sequence, whose last ones stand at `last_positions` `[b]`."""
+        counts = [len(part) for part in embeds]
+        padded = torch.nn.utils.rnn.pad_sequence(list(embeds), batch_first=True)
+        first = last_positions + 1 - torch.tensor(counts, device=self.draft.device)
+        steps = torch.arange(max(counts), device=self.draft.device)
+        positions = torch.minimum(first.unsqueeze(1) + steps, last_positions.clamp(min=0).unsqueeze(1))
+        cos, sin = self.bound.position_embeddings(positions, padded)
+        self.window.append(*self.draft.window_keys_values(padded, cos, sin), counts)
+
+    def _beam(
+        self,
+        root: torch.Tensor,
+        limits: torch.Tensor,
+        cache: Cache,
+        starts: torch.Tensor | None,
+        settings: TreeSettings,
+    ) -> Beam:
         """Expand level by level, keeping at each depth the paths of highest summed log-probability."""
+        count, device = root.shape[0], root.device
         if not settings.tree_shape:
-            return Beam.empty(1, root.device)
+            return Beam.empty(count, device)
+        context = _Context.of(cache, self.bound.layer_idx, self.root_positions(count), limits, starts)
         tokens, parents, scores, widths = [], [], [], []
         level_ids = root
-        level_scores = torch.zeros(1, 1, device=root.device)
-        visible = torch.ones(1, 1, 1, dtype=torch.bool, device=root.device)
+        level_scores = torch.zeros(count, 1, device=device)
+        visible = torch.ones(count, 1, 1, dtype=torch.bool, device=device)
         first_row, first_node = 0, -1
-        key_depths = torch.zeros(1, 1, dtype=torch.long, device=root.device)
+        key_depths = torch.zeros(count, 1, dtype=torch.long, device=device)
         for depth, width in enumerate(settings.tree_shape):
-            logits = self._expand(level_ids, depth, first_row, visible, key_depths, cache, starts)
+            logits = self._expand(level_ids, depth, first_row, visible, key_depths, context)
             level_scores, parent, level_ids = best_children(level_scores, logits, width)
             if self.bound.token_ids is not None:
                 level_ids = self.bound.token_ids[level_ids]
@@ -143,12 +226,10 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         first_row: int,
         visible: torch.Tensor,
         key_depths: torch.Tensor,
-        cache: Cache,
-        starts: torch.Tensor | None,
+        context: _Context,
     ) -> torch.Tensor:
-        """Run the draft over the `[1, k]` nodes of one level; their K/V become tree rows `first_row ..`."""
-        layer = cache.layers[self.bound.layer_idx]
-        rows = torch.full_like(self.window.lengths, layer.get_seq_length())
+        """Run the draft over the `[b, k]` nodes of one level; their K/V become tree rows `first_row ..`."""
+        count = token_ids.shape[0]
         scale = self.draft.config.head_dim**-0.5
         bits = pack_ancestor_bits(visible)
         depths = torch.full_like(token_ids, depth)
@@ -157,9 +238,9 @@ class LongSpecCandidateGenerator(CandidateGenerator):
             self.window.write_tree(first_row, k, v)
             return hybrid_tree_attention(
                 q,
-                self.window.keys,
-                self.window.values,
-                self.window.lengths,
+                self.window.keys[:count],
+                self.window.values[:count],
+                self.window.lengths[:count],
                 bits,
                 depths=depths,
                 key_depths=key_depths,
@@ -168,9 +249,11 @@ class LongSpecCandidateGenerator(CandidateGenerator):
             )
 
         def attend_target(q: torch.Tensor) -> torch.Tensor:
-            return hybrid_tree_attention(q, layer.keys, layer.values, rows, None, starts=starts, scale=scale)
+            return hybrid_tree_attention(
+                q, context.keys, context.values, context.lengths, None, starts=context.starts, scale=scale
+            )
 
-        position_ids = torch.full_like(token_ids, self.root_position + depth)
+        position_ids = torch.minimum(context.root_positions + depth, context.last_positions).expand_as(token_ids)
         embeds = self.bound.embed_tokens(token_ids)
         cos, sin = self.bound.position_embeddings(position_ids, embeds)
         hidden = self.draft.layer(embeds, cos, sin, attend_window, attend_target)
@@ -183,14 +266,59 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         exactly when the target itself chose it.
         """
         token_ids = input_ids[0].tolist()
-        if not len(self.index):
-            self.start(token_ids, torch.arange(len(token_ids)))
+        read = len(self.rows[0].index)
+        if not read:
+            self.start([token_ids], torch.arange(len(token_ids)).unsqueeze(0))
             return input_ids, None  # the cache is empty until this loop has verified once
-        self.append(token_ids[len(self.index) :])
-        tree = self.propose(self.chain_cache, max_depth=self.chain_max_length - len(token_ids) - 1)
+        self.append([token_ids[read:]])
+        tree = self.propose(self.chain_cache, [self.chain_max_length - len(token_ids) - 1])
         path = longest_path_through(tree, node=1) if tree.num_nodes > 1 else []
         chain = tree.token_ids[:, path].to(input_ids.device)
         return torch.cat([input_ids, chain], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to update: the tree's shape is fixed for a call."""
+
+
+@dataclass(frozen=True)
+class _Context:
+    """The target's rows as the cross-attention of one tree's levels reads them.
+
+    Attributes:
+        keys, values: `[b, Hkv, rows, D]` of the target layer, read in place.
+        lengths: int32 `[b]`, the rows committed.
+        starts: int32 `[b]`, first row that is not padding, or `None`.
+        root_positions, last_positions: `[b, 1]` position of the root, and the last one a node may have.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
+    starts: torch.Tensor | None
+    root_positions: torch.Tensor
+    last_positions: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        cache: Cache,
+        layer_idx: int,
+        root_positions: torch.Tensor,
+        limits: torch.Tensor,
+        starts: torch.Tensor | None,
+    ) -> _Context:
+        count = root_positions.shape[0]
+        layer: Any = cache.layers[layer_idx]
+        if isinstance(cache, LongSpecCache):
+            keys, values = layer.buffers(count)
+            lengths = cache.row_lengths[:count]
+        else:
+            keys, values, lengths = layer.keys, layer.values, [layer.get_seq_length()]
+        return cls(
+            keys,
+            values,
+            torch.tensor(lengths, dtype=torch.int32, device=root_positions.device),
+            starts,
+            root_positions,
+            root_positions + limits,
+        )

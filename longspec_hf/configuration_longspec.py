@@ -64,6 +64,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
     ngram_branch_length: int = 8
     ngram_min_match: int = 2
     recheck_near_ties: bool = False
+    fallback_to_plain: bool = True
     target_name_or_path: str | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -84,6 +85,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
             self.ngram_branch_length,
             self.ngram_min_match,
             self.recheck_near_ties,
+            self.fallback_to_plain,
         )
 
     def validate_sizes(self) -> None:
@@ -152,6 +154,7 @@ def validate_tree_settings(
     ngram_branch_length: int,
     ngram_min_match: int,
     recheck_near_ties: bool = False,
+    fallback_to_plain: bool = True,
 ) -> None:
     """Check the settings of the token tree; raises a ValueError that names the setting."""
     if isinstance(tree_shape, (str, bytes)) or not hasattr(tree_shape, "__iter__"):
@@ -165,8 +168,9 @@ def validate_tree_settings(
     _expect_int("max_tree_nodes", max_tree_nodes, minimum=1)
     _expect_int("ngram_branch_length", ngram_branch_length, minimum=0)
     _expect_int("ngram_min_match", ngram_min_match, minimum=1)
-    if not isinstance(recheck_near_ties, bool):
-        raise ValueError(f"`recheck_near_ties` must be True or False, got {recheck_near_ties!r}.")
+    for name, value in (("recheck_near_ties", recheck_near_ties), ("fallback_to_plain", fallback_to_plain)):
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def _expect_int(name: str, value: Any, minimum: int) -> None:

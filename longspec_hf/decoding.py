@@ -3,96 +3,235 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from .cache import LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
+from .pacing import Pacer
 from .stats import SpeculationStats
-from .text import TokenDrawer
+from .text import HARD_TIE_ULPS, TokenDrawer
 from .tree import TokenTree
 from .verification import Draw, walk
 
 
 class TargetRunner(Protocol):
-    """The target's forwards."""
+    """The target's forwards.
+
+    Attributes:
+        static_shapes: whether every tree shall have the same number of nodes, as a compiled target wants it.
+    """
+
+    static_shapes: bool
 
     def prefill(self) -> torch.Tensor:
-        """Read the prompt into the cache; logits `[1, V]` of its last token."""
+        """Read the prompts into the cache; logits `[B, V]` of their last tokens."""
 
-    def verify(self, tree: TokenTree, root_position: int) -> torch.Tensor:
-        """Run the tree's nodes, whose rows go behind the cache's; logits `[T, V]`."""
+    def verify(self, tree: TokenTree, root_positions: torch.Tensor) -> torch.Tensor:
+        """Run the trees' nodes, whose rows go behind the cache's; logits `[b, T, V]`."""
 
     def step(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Run one token `[1]` as plain decoding runs it, its row behind the cache's; logits `[1, V]`."""
 
+    def record(self, nodes: Sequence[int]) -> None:
+        """Take note of what else is asked for at these nodes of the last forward, the drawn tokens' own."""
 
-def decode(
-    target: TargetRunner,
-    generator: LongSpecCandidateGenerator,
-    cache: LongSpecCache,
-    drawer: TokenDrawer,
-    prompt_positions: torch.Tensor,
-    max_length: int,
-    starts: torch.Tensor | None = None,
-) -> SpeculationStats:
-    """Generate until a stopping criterion holds. The text grows in `drawer`, the cache ends one row short of it.
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two sequences of the batch."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the target reads first.
+
+    Attributes:
+        token_ids: per sequence, without padding; may lack what only `embeds` hold.
+        positions: `[B, n]`, the last ones are the ids'.
+        embeds: `[B, n, hidden]` where the prompts are given as embeddings.
+        starts: int32 `[B]`, first cache row of each sequence that is not padding, `None` without padding.
+    """
+
+    token_ids: list[list[int]]
+    positions: torch.Tensor
+    embeds: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+
+class Decoder:
+    """Generates until a stopping criterion holds for every sequence.
+
+    The texts grow in `drawers`; the cache ends one row short of the longest. A sequence that has ended costs neither
+    draft nor target work: those that go on are kept in front.
 
     Args:
         target: the target's forwards.
-        generator: drafts trees; has not read the prompt yet.
-        cache: the cache `target` writes; may hold the rows of a part of the prompt.
-        drawer: draws and commits tokens; its text is the prompt.
-        prompt_positions: `[n]` positions of the prompt's ids.
+        generator: drafts trees; has not read the prompts yet.
+        cache: the cache `target` writes; may hold the rows of a part of the prompts.
+        drawers: per sequence, draws and commits tokens; their texts are the prompts.
+        prompts: the prompts.
         max_length: longest text, prompt included. No tree reaches past it.
-        starts: `[1]` first cache row that is not padding.
-
-    If anything raises, the rows written by this call are dropped from the cache.
     """
-    rows_before = cache.get_seq_length()
-    try:
-        return _decode(target, generator, cache, drawer, prompt_positions, max_length, starts)
-    except BaseException:
-        cache.truncate(rows_before)
-        raise
 
+    def __init__(
+        self,
+        target: TargetRunner,
+        generator: LongSpecCandidateGenerator,
+        cache: LongSpecCache,
+        drawers: Sequence[TokenDrawer],
+        prompts: Prompts,
+        max_length: int,
+    ) -> None:
+        self.target = target
+        self.generator = generator
+        self.cache = cache
+        self.drawers = list(drawers)
+        self.prompts = prompts
+        self.starts = prompts.starts
+        self.max_length = max_length
+        self.settings = generator.settings
+        self.pacer = Pacer(self.settings.fallback_to_plain)
+        self.stats = SpeculationStats()
+        self.active = len(self.drawers)
+        self._swaps: list[tuple[int, int]] = []
+        self._exact_rows = 0
 
-def _decode(
-    target: TargetRunner,
-    generator: LongSpecCandidateGenerator,
-    cache: LongSpecCache,
-    drawer: TokenDrawer,
-    prompt_positions: torch.Tensor,
-    max_length: int,
-    starts: torch.Tensor | None,
-) -> SpeculationStats:
-    text, stats = drawer.text, SpeculationStats()
-    began = time.perf_counter()
-    logits = target.prefill()
-    prompt = text.ids[0].tolist()
-    token, stopped = drawer.draw(logits)
-    stats.committed = stats.committed_by_prefill = 1
-    stats.prefill_seconds = time.perf_counter() - began
-    generator.start(prompt, prompt_positions)
-    generator.append([token])
-    while not stopped:
+    def run(self) -> SpeculationStats:
+        """Generate. If anything raises, the rows written by this call are dropped from the cache."""
+        rows_before = self.cache.get_seq_length()
+        try:
+            self._prefill()
+            began = time.perf_counter()
+            while self.active:
+                self._step()
+            self.stats.decode_seconds = time.perf_counter() - began
+            self._restore_order()
+            self.cache.end_rounds()
+        except BaseException:
+            self._restore_order()
+            self.cache.truncate(rows_before)
+            raise
+        if self.pacer.pauses:
+            self.stats.pauses = self.pacer.pauses
+            self.stats.fallback_reason = (
+                f"speculation did not pay: {self.stats.plain_steps} tokens were decoded plainly after "
+                f"{self.stats.rounds} rounds of {self.stats.tau:.2f} tokens"
+            )
+        return self.stats
+
+    def _prefill(self) -> None:
+        began = time.perf_counter()
+        logits = self.target.prefill()
+        self.cache.begin_rounds(self.active)
+        self._exact_rows = self.cache.row_lengths[0]
+        drawn = [drawer.draw(logits[row : row + 1]) for row, drawer in enumerate(self.drawers)]
+        self.stats.committed = self.stats.committed_by_prefill = self.active
+        self.stats.prefill_seconds = time.perf_counter() - began
+        prompts = self.prompts
+        self.generator.start(prompts.token_ids, prompts.positions, prompts.embeds)
+        self.generator.append([[token] for token, _ in drawn])
+        self._retire([stopped for _, stopped in drawn])
+
+    def _step(self) -> None:
+        """One forward of the target and what belongs to it."""
+        began = time.perf_counter()
+        sequences = self.active
+        if self.pacer.speculates():
+            committed, full = self._round()
+            self.pacer.add_round(time.perf_counter() - began, committed / sequences, full)
+        else:
+            self._plain_step()
+            self.pacer.add_plain(time.perf_counter() - began)
+
+    def _round(self) -> tuple[int, bool]:
+        """Draft, verify, walk, commit; returns the tokens committed and whether all trees were used to the end."""
         # Plain decoding would not read a token at position max_length - 1 or later, so no tree does.
-        tree = generator.propose(cache, starts, max_depth=max_length - text.length - 1)
-        logits = target.verify(tree, generator.root_position)
-        result = walk(*tree.path_lists(), _node_drawer(drawer, logits, generator.settings.recheck_near_ties))
-        cache.commit(result.visited, tree.num_nodes)
-        tokens, stopped = result.tokens, result.stopped
-        if result.undecided:
-            cache.crop(-1)
-            logits = target.step(text.ids[0, -1:], generator.root_position + len(tokens))
-            token, stopped = drawer.draw(logits)
-            tokens.append(token)
-            stats.rechecks += 1
-        generator.append(tokens)
-        stats.add_round(drafted=tree.num_nodes - 1, committed=len(tokens))
-    stats.decode_seconds = time.perf_counter() - began - stats.prefill_seconds
-    return stats
+        limits = [self.max_length - drawer.text.length - 1 for drawer in self.drawers[: self.active]]
+        tree = self.generator.propose(self.cache, limits, self.starts, self.target.static_shapes)
+        logits = self.target.verify(tree, self.generator.root_positions(self.active))
+        paths = tree.path_lists()
+        walks = [
+            walk(*paths[row], _node_drawer(drawer, logits[row], self.settings.recheck_near_ties))
+            for row, drawer in enumerate(self.drawers[: self.active])
+        ]
+        self.cache.commit([result.visited for result in walks])
+        tokens, stopped = [result.tokens for result in walks], [result.stopped for result in walks]
+        self.target.record(walks[0].visited[: len(tokens[0])])
+        if walks[0].undecided:
+            token, stopped[0] = self._decide_again(tokens[0])
+            tokens[0].append(token)
+        self.generator.append(tokens)
+        self.stats.add_round([len(ids) - 1 for ids, _ in paths], list(map(len, tokens)))
+        self._retire(stopped)
+        depths = [self.settings.limited_to(limit).depth for limit in limits]
+        return sum(map(len, tokens)), all(len(t) > d or s for t, d, s in zip(tokens, depths, stopped, strict=True))
+
+    def _plain_step(self) -> None:
+        sequences = self.active
+        if len(self.drawers) == 1 and not self.target.static_shapes:
+            row = self.generator.rows[0]
+            logits = self._one_token(row.root, row.root_position)
+        else:
+            tree = self.generator.root_only(sequences)
+            logits = self.target.verify(tree, self.generator.root_positions(sequences))[:, 0]
+            self.cache.commit([[0]] * sequences)
+        drawn = [drawer.draw(logits[row : row + 1]) for row, drawer in enumerate(self.drawers[:sequences])]
+        self.target.record([0])
+        self.generator.append([[token] for token, _ in drawn])
+        self.stats.add_plain_step(sequences)
+        self._retire([stopped for _, stopped in drawn])
+
+    def _one_token(self, token: int, position: int) -> torch.Tensor:
+        logits = self.target.step(torch.tensor([token]), position)
+        self.cache.set_lengths([self.cache.row_lengths[0] + 1])
+        return logits
+
+    def _decide_again(self, tokens: list[int]) -> tuple[int, bool]:
+        """Draw the token after a near-tie from a forward of one token, as plain decoding does.
+
+        Where it is a tie even then, what decides are the last bits of the cache, and those that rounds have written
+        are not plain decoding's: all since the last exact row are written again, one by one.
+        """
+        text, drawer = self.drawers[0].text, self.drawers[0]
+        position = self.generator.rows[0].root_position + len(tokens)
+        rows = self.cache.row_lengths[0]
+        self.cache.set_lengths([rows - 1])
+        logits = self._one_token(int(text.ids[0, -1]), position)
+        self.stats.rechecks += 1
+        drawn = drawer.draw_unless_tied(logits, HARD_TIE_ULPS)
+        if drawn is None:
+            again = text.ids[0, text.length - (rows - self._exact_rows) :].tolist()
+            self.cache.set_lengths([self._exact_rows])
+            for place, token in enumerate(again):
+                logits = self._one_token(token, position - len(again) + 1 + place)
+            self.stats.rechecks += len(again)
+            self._exact_rows = rows
+            drawn = drawer.draw(logits)
+        self.target.record([0])
+        return drawn
+
+    def _retire(self, stopped: Sequence[bool]) -> None:
+        """Put the sequences that have ended behind those that go on."""
+        for row in reversed([row for row, ended in enumerate(stopped) if ended]):
+            self.active -= 1
+            if row != self.active:
+                self._swap(row, self.active)
+                self._swaps.append((row, self.active))
+
+    def _restore_order(self) -> None:
+        while self._swaps:
+            self._swap(*self._swaps.pop())
+
+    def _swap(self, one: int, other: int) -> None:
+        self.cache.swap(one, other)
+        self.generator.swap(one, other)
+        self.target.swap(one, other)
+        self.drawers[one], self.drawers[other] = self.drawers[other], self.drawers[one]
+        if self.starts is not None:
+            self.starts = self.starts.clone()
+            self.starts[[one, other]] = self.starts[[other, one]]
 
 
 def _node_drawer(drawer: TokenDrawer, logits: torch.Tensor, leave_near_ties: bool) -> Draw:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -9,7 +11,8 @@ class DraftWindow:
     """The last `window` committed rows of the draft's K/V, with room for the rows of one token tree behind them.
 
     Rows stay in order of position, so a window is a distance in rows. Committed rows are appended; when twice the
-    window is full the last `window` rows move to the front, once every `window` tokens. Bytes never change.
+    window is full the last `window` rows move to the front, once every `window` tokens. Bytes never change. The
+    sequences of a batch have lengths of their own.
 
     Args:
         window: number of keys a query sees.
@@ -17,8 +20,8 @@ class DraftWindow:
         shape: `(batch, kv_heads, head_dim)`.
 
     Attributes:
-        keys, values: `[B, Hkv, 2 * window + tree_rows, D]`; rows `[0, length)` are committed, the tree's follow.
-        length: number of committed rows held.
+        keys, values: `[B, Hkv, 2 * window + tree_rows, D]`; rows `[0, lengths[b])` are committed, the tree's follow.
+        lengths: `[B]` int32, number of committed rows held.
     """
 
     def __init__(
@@ -35,33 +38,61 @@ class DraftWindow:
         rows = 2 * window + tree_rows
         self.keys = torch.zeros(batch, heads, rows, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.length = 0
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._lengths = [0] * batch  # the same on the host
 
     @property
     def nbytes(self) -> int:
         """Bytes held, the same at every context length."""
         return self.keys.nbytes + self.values.nbytes
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Append committed rows `[B, Hkv, n, D]`; of more than `window` only the last ones are kept."""
-        if keys.shape[2] >= self.window:
-            keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
-            self.length = 0  # nothing older is in any window, and rows must stay next to one another
-        count = keys.shape[2]
-        if self.length + count > 2 * self.window:
-            kept = slice(self.length - self.window, self.length)
-            for buffer in (self.keys, self.values):
-                buffer[:, :, : self.window] = buffer[:, :, kept].clone()
-            self.length = self.window
-        rows = slice(self.length, self.length + count)
-        self.keys[:, :, rows] = keys
-        self.values[:, :, rows] = values
-        self.length += count
-        self.lengths.fill_(self.length)
+    def append(self, keys: torch.Tensor, values: torch.Tensor, counts: Sequence[int]) -> None:
+        """Append committed rows; of more than `window` only the last ones are kept.
+
+        Args:
+            keys, values: `[b, Hkv, n, D]` of the first b sequences.
+            counts: how many of the n rows are each sequence's, from the first on.
+        """
+        for row, count in enumerate(counts):
+            first = max(0, count - self.window)
+            if first or count == self.window:
+                self._lengths[row] = 0  # nothing older is in any window, and rows must stay next to one another
+            elif self._lengths[row] + count > 2 * self.window:
+                self._move_to_front(row)
+            into = slice(self._lengths[row], self._lengths[row] + count - first)
+            self.keys[row, :, into] = keys[row, :, first:count]
+            self.values[row, :, into] = values[row, :, first:count]
+            self._lengths[row] = into.stop
+        self._publish_lengths()
 
     def write_tree(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write tree rows `first ..` `[B, Hkv, n, D]` behind the committed ones."""
-        rows = slice(self.length + first, self.length + first + keys.shape[2])
-        self.keys[:, :, rows] = keys
-        self.values[:, :, rows] = values
+        """Write tree rows `first ..` `[b, Hkv, n, D]` of the first b sequences behind the committed ones."""
+        batch, _, count, _ = keys.shape
+        if batch == 1:
+            rows = slice(self._lengths[0] + first, self._lengths[0] + first + count)
+            self.keys[:1, :, rows] = keys
+            self.values[:1, :, rows] = values
+            return
+        index = self.lengths[:batch, None] + torch.arange(first, first + count, device=keys.device)
+        index = index.long()[:, None, :, None].expand_as(keys)
+        self.keys[:batch].scatter_(2, index, keys)
+        self.values[:batch].scatter_(2, index, values)
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two sequences."""
+        for buffer in (self.keys, self.values):
+            buffer[[one, other]] = buffer[[other, one]]
+        self._lengths[one], self._lengths[other] = self._lengths[other], self._lengths[one]
+        self._publish_lengths()
+
+    def _move_to_front(self, row: int) -> None:
+        kept = slice(self._lengths[row] - self.window, self._lengths[row])
+        for buffer in (self.keys, self.values):
+            buffer[row, :, : self.window] = buffer[row, :, kept].clone()
+        self._lengths[row] = self.window
+
+    def _publish_lengths(self) -> None:
+        if len(self._lengths) == 1:
+            self.lengths.fill_(self._lengths[0])
+        else:
+            self.lengths.copy_(torch.tensor(self._lengths, dtype=torch.int32))

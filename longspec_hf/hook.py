@@ -5,10 +5,11 @@ Tested with transformers 5.17.0 and the newest 5.x; `install` and `uninstall` ar
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +17,30 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     Cache,
-    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
 )
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging
 
 from .attention import TREE_KWARG, TreeAttention, tree_attention_forward
 from .attention_switch import AttentionSwitch
 from .cache import GROWTH_ROWS, LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
-from .decoding import decode
+from .decoding import Decoder, Prompts
+from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_rope
 from .modeling_longspec import LongSpecDraftModel
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
 from .target import bind
-from .text import TextBuffer, TokenDrawer
+from .text import TextBuffer, TokenDrawer, pad_texts, stack_scores
 from .tree import TokenTree
 
 logger = logging.get_logger(__name__)
@@ -51,7 +59,6 @@ _SWITCH = AttentionSwitch(
     write=lambda config, name: setattr(config, "_attn_implementation", name),
 )
 _ORIGINALS: dict[str, Callable] = {}
-_OUTPUT_FIELDS_OF_PLAIN = ("output_attentions", "output_hidden_states")
 
 
 def install() -> None:
@@ -60,7 +67,11 @@ def install() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, _attention_mask)
     if _ORIGINALS:
         return
-    for name, wrap in (("_assisted_decoding", _wrap_decoding), ("_get_candidate_generator", _wrap_generator)):
+    for name, wrap in (
+        ("_assisted_decoding", _wrap_decoding),
+        ("_get_candidate_generator", _wrap_generator),
+        ("_validate_generation_mode", _wrap_validation),
+    ):
         _ORIGINALS[name] = getattr(GenerationMixin, name)
         setattr(GenerationMixin, name, wrap(_ORIGINALS[name]))
 
@@ -107,6 +118,25 @@ def _wrap_generator(original: Callable) -> Callable:
     return _get_candidate_generator
 
 
+def _wrap_validation(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, kwargs: Any
+    ) -> None:
+        draft = kwargs.get("assistant_model")
+        if not isinstance(draft, LongSpecDraftModel):
+            return original(self, generation_mode, generation_config, kwargs)
+        bind(draft, self)
+        resolve_tree_settings(draft, generation_config)
+        # What transformers refuses for other drafts only: several sequences, and tokenizers it would compare.
+        general = copy.copy(generation_config)
+        general.num_return_sequences = 1
+        rest = {name: value for name, value in kwargs.items() if name != "assistant_model"}
+        return original(self, generation_mode, general, rest)
+
+    return _validate_generation_mode
+
+
 def _longspec_decoding(
     draft: LongSpecDraftModel,
     target: PreTrainedModel,
@@ -124,58 +154,93 @@ def _longspec_decoding(
     """Stands in for `GenerationMixin._assisted_decoding`; the same arguments behind the draft, the same outputs."""
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
-    reason = _reason_for_plain(input_ids, generation_config, synced_gpus, model_kwargs)
-    if _rope_depends_on_length(
-        target.config.get_text_config(decoder=True), input_ids.shape[1], generation_config.max_length
-    ):
-        reason = reason or "the target's rotary table changes with the length of the text"
-    if reason is not None:
-        logger.warning_once(f"LongSpec decodes this call without speculation: {reason}.")
-        output = target._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+    prompts = _read_prompts(input_ids, model_kwargs, draft.device)
+    reason = (
+        reason_of_config(generation_config, settings, synced_gpus)
+        or reason_of_inputs(model_kwargs, CACHE_ARG, generation_config)
+        or reason_of_rope(
+            target.config.get_text_config(decoder=True), prompts.positions.shape[1], generation_config.max_length
         )
-        if not generation_config.return_dict_in_generate:
-            return output
-        committed = output.sequences.shape[0] * (output.sequences.shape[1] - input_ids.shape[1])
-        stats = SpeculationStats(committed=committed, fallback_reason=reason)
-        return LongSpecGenerateOutput(**output, speculation_stats=stats)
+    )
+    if input_ids.shape[0] > 1:
+        reason = reason or reason_of_batch(
+            generation_config, settings, logits_processor, stopping_criteria, streamer is not None
+        )
+    if reason is not None:
+        return _plain_decoding(
+            target,
+            reason,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
+            **model_kwargs,
+        )
 
     given: Cache = model_kwargs[CACHE_ARG]
-    needed = generation_config.max_length - 1 + settings.max_nodes + _rows_before(input_ids, model_kwargs)
-    cache = _prepare_cache(given, needed, input_ids.shape[1] + settings.max_nodes + GROWTH_ROWS)
+    rows = max(prompts.positions.shape[1], given.get_seq_length() + input_ids.shape[1])
+    needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + settings.max_nodes
+    cache = _prepare_cache(given, needed, rows + settings.max_nodes + GROWTH_ROWS)
     model_kwargs[CACHE_ARG] = cache
-    starts = _starts(model_kwargs.get("attention_mask"), draft.device)
-    generator = LongSpecCandidateGenerator(draft, bound, settings)
+    generator = LongSpecCandidateGenerator(draft, bound, settings, input_ids.shape[0])
     cache.draft_window = generator.window
-    drawer = TokenDrawer(TextBuffer(input_ids), logits_processor, stopping_criteria, generation_config, streamer)
-    runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, starts)
-    stats = decode(
-        runner,
-        generator,
-        cache,
-        drawer,
-        _prompt_positions(input_ids, model_kwargs),
-        generation_config.max_length,
-        starts,
-    )
+    drawers = [
+        TokenDrawer(
+            TextBuffer(input_ids[row : row + 1]),
+            logits_processor if input_ids.shape[0] == 1 else _processors_of_row(logits_processor, row),
+            stopping_criteria,
+            generation_config,
+            streamer,
+        )
+        for row in range(input_ids.shape[0])
+    ]
+    runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, prompts.starts)
+    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length).run()
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):
         _hand_back(cache, given)
         cache = given
+    sequences = pad_texts([drawer.text for drawer in drawers], generation_config._pad_token_tensor)
     if not generation_config.return_dict_in_generate:
-        return drawer.text.ids
+        return sequences
     return LongSpecGenerateOutput(
-        sequences=drawer.text.ids,
-        scores=drawer.scores,
-        logits=drawer.logits,
+        sequences=sequences,
+        scores=stack_scores([drawer.scores for drawer in drawers]),
+        logits=stack_scores([drawer.logits for drawer in drawers]),
+        hidden_states=runner.hidden_states,
         speculation_stats=stats,
         **{CACHE_ARG: cache},
     )
 
 
+def _plain_decoding(
+    target: PreTrainedModel,
+    reason: str,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    streamer: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """What the call would give without a draft, with the reason in the statistics."""
+    logger.warning_once(f"LongSpec decodes this call without speculation: {reason}.")
+    output = target._sample(
+        input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+    )
+    if not generation_config.return_dict_in_generate:
+        return output
+    committed = output.sequences.shape[0] * (output.sequences.shape[1] - input_ids.shape[1])
+    stats = SpeculationStats(committed=committed, fallback_reason=reason)
+    return LongSpecGenerateOutput(**output, speculation_stats=stats)
+
+
 class _Runner:
-    """The target's forwards for [`decode`]."""
+    """The target's forwards for [`Decoder`]."""
 
     def __init__(
         self,
@@ -193,13 +258,20 @@ class _Runner:
         self.cache = cache
         self.starts = starts
         self.text_config = target.config.get_text_config(decoder=True)
+        self.static_shapes = _is_compiled(target)
+        wanted = generation_config.return_dict_in_generate and generation_config.output_hidden_states
+        self.hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = () if wanted else None
+        self._asked = {"output_hidden_states": True} if wanted else {}
+        self._last_states: tuple[torch.Tensor, ...] = ()
 
     def prefill(self) -> torch.Tensor:
         outputs = self.target._prefill(self.input_ids, self.generation_config, self.model_kwargs)
+        if self.hidden_states is not None:
+            self.hidden_states += (outputs.hidden_states,)
         return outputs.logits[:, -1]
 
     def step(self, token: torch.Tensor, position: int) -> torch.Tensor:
-        token = token.to(self.target.device)  # the text may lie on the CPU
+        token = token.to(self.target.device)
         mask = None
         if self.starts is not None:
             rows = torch.arange(self.cache.get_seq_length() + 1, device=token.device)
@@ -211,73 +283,91 @@ class _Runner:
             use_cache=True,
             return_dict=True,
             **{CACHE_ARG: self.cache},
+            **self._asked,
         )
+        self._last_states = outputs.get("hidden_states") or ()
         return outputs.logits[:, -1]
 
-    def verify(self, tree: TokenTree, root_position: int) -> torch.Tensor:
+    def verify(self, tree: TokenTree, root_positions: torch.Tensor) -> torch.Tensor:
         device = tree.token_ids.device
+        sequences, nodes = tree.token_ids.shape
         # A mask of four dimensions is passed on as it is; ours is in the metadata.
         placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-        metadata = TreeAttention.of(tree, self.cache.get_seq_length(), self.starts)
-        with _SWITCH.pointed(self.text_config):
+        with self.cache.tree(sequences, nodes) as lengths, _SWITCH.pointed(self.text_config):
+            starts = None if self.starts is None else self.starts[:sequences]
             outputs = self.target(
                 input_ids=tree.token_ids,
-                position_ids=root_position + tree.depths,
+                position_ids=root_positions + tree.depths,
                 attention_mask=placeholder,
                 use_cache=True,
                 return_dict=True,
-                **{CACHE_ARG: self.cache, TREE_KWARG: metadata},
+                **{CACHE_ARG: self.cache, TREE_KWARG: TreeAttention.of(tree, lengths.to(device), starts)},
+                **self._asked,
             )
-        return outputs.logits[0]
+        self._last_states = outputs.get("hidden_states") or ()
+        return outputs.logits
+
+    def record(self, nodes: Sequence[int]) -> None:
+        if self.hidden_states is not None:
+            self.hidden_states += tuple(
+                tuple(state[:, node : node + 1] for state in self._last_states) for node in nodes
+            )
+
+    def swap(self, one: int, other: int) -> None:
+        if self.starts is not None:
+            self.starts = self.starts.clone()
+            self.starts[[one, other]] = self.starts[[other, one]]
 
 
-def _reason_for_plain(
-    input_ids: torch.LongTensor, config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
-) -> str | None:
-    """Why this call cannot be speculated, in words, or `None`. Plain decoding gives the same result."""
-    if input_ids.shape[0] > 1:
-        return f"the batch has {input_ids.shape[0]} rows"
-    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
-        return "the prompt is given as `inputs_embeds`"
-    for name in _OUTPUT_FIELDS_OF_PLAIN:
-        if getattr(config, name) and config.return_dict_in_generate:
-            return f"`{name}` is asked for"
-    if synced_gpus:
-        return "`synced_gpus` needs the same number of forwards on every GPU"
-    cache = model_kwargs.get(CACHE_ARG)
-    if not config.use_cache or cache is None:
-        return "`use_cache` is off"
-    if not isinstance(cache, LongSpecCache) and (type(cache) is not DynamicCache or cache.offloading):
-        return f"the cache is a {'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__}"
-    if not LongSpecCache.can_take_over(cache):
-        return "the given cache does not keep every row"
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
-        return "`attention_mask` has zeros behind ones"
-    if (positions := model_kwargs.get("position_ids")) is not None and positions.dim() != 2:
-        return "`position_ids` has several axes"
-    return None
+def _is_compiled(target: PreTrainedModel) -> bool:
+    """Whether `torch.compile` stands before the target's forward or its decoder's."""
+    modules = (target, target.get_decoder())
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in modules
+    )
 
 
-def _rope_depends_on_length(config: PreTrainedConfig, prompt_length: int, max_length: int) -> bool:
-    """Whether plain decoding would rotate tokens of this call by tables that depend on how far it had got."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if "dynamic" in kinds:
-        return max_length > limit
-    return "longrope" in kinds and prompt_length <= limit < max_length
+def _processors_of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors for one sequence of a batch; two kinds know which one they have before them."""
+    return LogitsProcessorList(_of_row(processor, row) for processor in processors)
 
 
-def _rows_before(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> int:
-    """Cache rows that `input_ids` does not cover, when only the new turn's ids are given."""
-    mask_length = model_kwargs["attention_mask"].shape[1] if model_kwargs.get("attention_mask") is not None else 0
-    return max(0, mask_length - input_ids.shape[1])
+def _of_row(processor: Any, row: int) -> Any:
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    if isinstance(ignored := getattr(processor, "prompt_ignore_length", None), torch.Tensor):
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = ignored[row : row + 1]
+    return processor
+
+
+def _read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], device: torch.device) -> Prompts:
+    """The prompts as drafting needs them; padding on the left is taken off."""
+    embeds = model_kwargs.get("inputs_embeds")
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    length = input_ids.shape[1] if embeds is None else embeds.shape[1]
+    if positions is None or positions.dim() != 2:
+        positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape[0], -1)
+    rows = input_ids.tolist()
+    starts = None
+    if mask is not None and bool((mask == 0).any()):
+        starts = (mask == 0).sum(dim=1)
+        shown = mask[:, mask.shape[1] - length :][:, length - input_ids.shape[1] :].tolist()
+        rows = [[token for token, seen in zip(*row, strict=True) if seen] for row in zip(rows, shown, strict=True)]
+        starts = starts.to(device=device, dtype=torch.int32)
+    return Prompts(rows, positions.expand(input_ids.shape[0], -1), embeds, starts)
 
 
 def _prepare_cache(given: Cache, needed: int, at_once: int) -> LongSpecCache:
     """The call's cache: the given one if it is ours, else a new one with its rows."""
-    cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
+    if isinstance(given, StaticCache):
+        cache = LongSpecCache()  # generate's own, still empty: ours is as static
+    else:
+        cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
     cache.reserve(min(needed, at_once), limit=needed)
     return cache
 
@@ -294,21 +384,6 @@ def _layers_for(cache: Cache, count: int) -> list[Any]:
     while len(cache.layers) < count:
         cache.layers.append(cache.layer_class_to_replicate())
     return cache.layers
-
-
-def _starts(attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """`[1]` first row that is not padding, `None` without padding."""
-    if attention_mask is None:
-        return None
-    return (attention_mask == 0).sum(dim=1).to(device=device, dtype=torch.int32)
-
-
-def _prompt_positions(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> torch.Tensor:
-    """`[n]` positions of the given ids."""
-    length = input_ids.shape[1]
-    if (positions := model_kwargs.get("position_ids")) is not None:
-        return positions[0, -length:]
-    return torch.arange(length, device=input_ids.device)
 
 
 def _attention_forward(

@@ -9,7 +9,14 @@ from transformers import GenerationConfig
 from .configuration_longspec import validate_tree_settings
 from .modeling_longspec import LongSpecDraftModel
 
-TREE_SETTINGS = ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match", "recheck_near_ties")
+TREE_SETTINGS = (
+    "tree_shape",
+    "max_tree_nodes",
+    "ngram_branch_length",
+    "ngram_min_match",
+    "recheck_near_ties",
+    "fallback_to_plain",
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class TreeSettings:
     ngram_branch_length: int
     ngram_min_match: int
     recheck_near_ties: bool = False
+    fallback_to_plain: bool = True
 
     @property
     def max_nodes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -12,18 +13,25 @@ class SpeculationStats:
     """Statistics of one `generate` call.
 
     Attributes:
-        rounds: target forwards after the prefill.
+        rounds: target forwards over trees.
+        row_rounds: the same, each counted once for every sequence in it that had not ended.
         rechecks: further forwards of one token each, which decided near-ties (`recheck_near_ties`).
+        plain_steps: forwards of one token a sequence, where speculation did not pay (`fallback_to_plain`), counted as
+            `row_rounds` are.
+        pauses: how often the call went over to plain steps.
         drafted: tree nodes verified, without the roots.
-        committed: new tokens of the output, all of them.
+        committed: new tokens of the output, of all sequences, filling not counted.
         committed_by_prefill: those of them that came from the prefill's logits (1 a sequence), not from a round.
         accepted_per_depth: entry d counts the rounds whose drafted node of depth d + 1 was committed.
         prefill_seconds, decode_seconds: wall time before and after the first new token.
-        fallback_reason: why the call, or the rest of it, ran without speculation; `None` if it did not.
+        fallback_reason: why the call, or a part of it, ran without speculation; `None` if it did not.
     """
 
     rounds: int = 0
+    row_rounds: int = 0
     rechecks: int = 0
+    plain_steps: int = 0
+    pauses: int = 0
     drafted: int = 0
     committed: int = 0
     committed_by_prefill: int = 0
@@ -34,9 +42,9 @@ class SpeculationStats:
 
     @property
     def tau(self) -> float:
-        """Mean tokens committed per target forward after the prefill, the target's own (bonus) token counted."""
-        forwards = self.rounds + self.rechecks
-        return (self.committed - self.committed_by_prefill) / forwards if forwards else 0.0
+        """Mean tokens a sequence committed per target forward of a round, the target's own (bonus) token counted."""
+        forwards = self.row_rounds + self.rechecks
+        return (self.committed - self.committed_by_prefill - self.plain_steps) / forwards if forwards else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,15 +52,22 @@ class SpeculationStats:
         tokens = self.committed - self.committed_by_prefill
         return tokens / self.decode_seconds if self.decode_seconds else 0.0
 
-    def add_round(self, drafted: int, committed: int) -> None:
-        """Count one round that verified `drafted` nodes and committed `committed` tokens, bonus included."""
+    def add_round(self, drafted: Sequence[int], committed: Sequence[int]) -> None:
+        """Count one round: per sequence the nodes verified, roots aside, and the tokens committed, bonus included."""
         self.rounds += 1
-        self.drafted += drafted
-        self.committed += committed
-        accepted = committed - 1
-        self.accepted_per_depth += [0] * (accepted - len(self.accepted_per_depth))
-        for depth in range(accepted):
-            self.accepted_per_depth[depth] += 1
+        self.row_rounds += len(committed)
+        self.drafted += sum(drafted)
+        self.committed += sum(committed)
+        for tokens in committed:
+            accepted = tokens - 1
+            self.accepted_per_depth += [0] * (accepted - len(self.accepted_per_depth))
+            for depth in range(accepted):
+                self.accepted_per_depth[depth] += 1
+
+    def add_plain_step(self, sequences: int) -> None:
+        """Count one plain step of `sequences` sequences."""
+        self.plain_steps += sequences
+        self.committed += sequences
 
 
 @dataclass

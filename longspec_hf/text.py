@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 INITIAL_ROOM = 1024
 NEAR_TIE_ULPS = 4
-"""Units in the last place within which two scores count as a near-tie: twice what one rounding more can move each."""
+"""Units in the last place within which two scores of a tree's forward count as a near-tie: twice what one rounding
+more can move each."""
+HARD_TIE_ULPS = 2
+"""The same for a forward of one token, where only the cache may have been rounded otherwise."""
 
 
 class TextBuffer:
@@ -67,13 +72,13 @@ class TokenDrawer:
         """Draw the next token from the target's logits `[1, V]`; returns it and whether generation ends there."""
         return self._choose(*self._process(logits))
 
-    def draw_unless_tied(self, logits: torch.Tensor) -> tuple[int, bool] | None:
+    def draw_unless_tied(self, logits: torch.Tensor, ulps: float | None = None) -> tuple[int, bool] | None:
         """Like `draw`, but where greedy decoding meets a near-tie nothing is drawn and `None` is returned.
 
         The processors are called again when that position is decided.
         """
         raw, processed = self._process(logits)
-        if not self.do_sample and bool(near_ties(processed, logits.dtype)):
+        if not self.do_sample and bool(near_ties(processed, logits.dtype, NEAR_TIE_ULPS if ulps is None else ulps)):
             return None
         return self._choose(raw, processed)
 
@@ -102,8 +107,28 @@ class TokenDrawer:
         return int(token), stop
 
 
-def near_ties(scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Where the two best fp32 scores `[..., V]` lie within `NEAR_TIE_ULPS` units in the last place of `dtype`."""
+def near_ties(scores: torch.Tensor, dtype: torch.dtype, ulps: float = NEAR_TIE_ULPS) -> torch.Tensor:
+    """Where the two best fp32 scores `[..., V]` lie within `ulps` units in the last place of `dtype`."""
     best, second = scores.topk(2, dim=-1).values.unbind(-1)
     spacing = torch.exp2(torch.floor(torch.log2(best.abs().clamp(min=1e-30)))) * torch.finfo(dtype).eps
-    return best - second < NEAR_TIE_ULPS * spacing
+    return best - second < ulps * spacing
+
+
+def pad_texts(texts: Sequence[TextBuffer], pad_token_id: torch.Tensor | None) -> torch.Tensor:
+    """Ids `[B, n]` of all texts; the shorter ones are filled up with `pad_token_id`."""
+    rows = [text.ids[0] for text in texts]
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows)
+    filling = 0 if pad_token_id is None else int(pad_token_id)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filling)
+
+
+def stack_scores(rows: Sequence[tuple[torch.Tensor, ...] | None]) -> tuple[torch.Tensor, ...] | None:
+    """Per position the scores `[B, V]` of all texts; zeros where a text had ended."""
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        return None
+    if len(kept) == 1:
+        return kept[0]
+    blank = torch.zeros_like(kept[0][0])
+    return tuple(torch.cat(parts) for parts in zip_longest(*kept, fillvalue=blank))

@@ -44,9 +44,10 @@ class TokenTree:
         used = int(self.valid.sum(dim=1).max())
         return TokenTree(*(t[:, :used] for t in (self.token_ids, self.parents, self.depths, self.valid)))
 
-    def path_lists(self) -> tuple[list[int], list[int]]:
-        """`(token_ids, parents)` of the first batch row, for the walk."""
-        return self.token_ids[0].tolist(), self.parents[0].tolist()
+    def path_lists(self) -> list[tuple[list[int], list[int]]]:
+        """`(token_ids, parents)` of the used nodes of each batch row, for the walk (one read from the device)."""
+        rows = torch.stack([self.token_ids, self.parents, self.valid.long()]).tolist()
+        return [(ids[: sum(used)], parents[: sum(used)]) for ids, parents, used in zip(*rows, strict=True)]
 
     @staticmethod
     def root_only(token_ids: torch.Tensor) -> TokenTree:
@@ -55,7 +56,9 @@ class TokenTree:
         return TokenTree(token_ids, zeros, zeros, torch.ones_like(token_ids, dtype=torch.bool))
 
 
-def merge(root: torch.Tensor, beam: Beam, branch: torch.Tensor, max_nodes: int) -> TokenTree:
+def merge(
+    root: torch.Tensor, beam: Beam, branch: torch.Tensor, max_nodes: int, max_depths: torch.Tensor | None = None
+) -> TokenTree:
     """Join root, beam and one branch to a tree of at most `max_nodes` nodes.
 
     The branch hangs below the root and shares the nodes it has in common with the beam. Root and branch are kept
@@ -66,6 +69,7 @@ def merge(root: torch.Tensor, beam: Beam, branch: torch.Tensor, max_nodes: int) 
         beam: the draft's nodes.
         branch: `[B, L]` tokens copied from the context, -1 from where a row's branch ends.
         max_nodes: nodes of the tree, the root included.
+        max_depths: `[B, 1]` deepest node of each row.
     """
     batch_size, count = beam.token_ids.shape
     length = branch.shape[1]
@@ -91,6 +95,8 @@ def merge(root: torch.Tensor, beam: Beam, branch: torch.Tensor, max_nodes: int) 
     parents = torch.cat([torch.zeros_like(root), beam.parents + 1, previous], dim=1)
     depths = torch.cat([torch.zeros_like(root), beam.depths, step], dim=1)
     usable = torch.cat([protected, (beam.scores > -infinity) | shared, own], dim=1)
+    if max_depths is not None:
+        usable &= depths <= max_depths
     return _select(tokens, parents, depths, scores, usable, min(max_nodes, 1 + count + length))
 
 

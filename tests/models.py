@@ -74,7 +74,12 @@ class ScriptedDraft(LongSpecDraftModel):
     """
 
     def __init__(self, target: PreTrainedModel, script: torch.Tensor, mode: str, **fields) -> None:
-        defaults = {"sliding_window": 16, "ngram_branch_length": 0, "tree_shape": [2, 4, 4]}
+        defaults = {
+            "sliding_window": 16,
+            "ngram_branch_length": 0,
+            "tree_shape": [2, 4, 4],
+            "fallback_to_plain": False,  # goes by the clock, so counts of rounds would not be the same each time
+        }
         super().__init__(LongSpecDraftConfig.from_target(target.config, **{**defaults, **fields}))
         self.to(target.dtype).eval()
         self.script = script.flatten()
@@ -102,4 +107,5 @@ def scripted(target: PreTrainedModel, input_ids: torch.Tensor, new_tokens: int, 
 def learned(target: PreTrainedModel, seed: int = 1, **fields) -> LongSpecDraftModel:
     """A real draft with random weights, all of its parts in use."""
     torch.manual_seed(seed)
-    return LongSpecDraftModel.from_target(target, **{"sliding_window": 16, "tree_shape": [3, 4], **fields})
+    defaults = {"sliding_window": 16, "tree_shape": [3, 4], "fallback_to_plain": False}
+    return LongSpecDraftModel.from_target(target, **{**defaults, **fields})

@@ -47,7 +47,9 @@ def test_growing_keeps_the_rows_and_stays_within_the_limit():
 def test_commit_moves_only_visited_rows(visited):
     cache, states = filled(10)
     pointers = [layer.keys.data_ptr() for layer in cache.layers]
-    cache.commit(visited, num_nodes=6)
+    cache.crop(-6)
+    cache.begin_rounds(1)
+    cache.commit([visited])
     expected = [0, 1, 2, 3, *(4 + node for node in visited)]
     for i, layer in enumerate(cache.layers):
         assert torch.equal(layer.keys, states[0, i][:, :, expected])
@@ -97,9 +99,9 @@ def test_no_copy_of_the_cache_in_a_round(target):
     seen = set()
     original = LongSpecCache.commit
 
-    def commit(self, visited, num_nodes):
+    def commit(self, visited):
         seen.update((i, layer.keys.data_ptr(), layer.values.data_ptr()) for i, layer in enumerate(self.layers))
-        original(self, visited, num_nodes)
+        original(self, visited)
         seen.update((i, layer.keys.data_ptr(), layer.values.data_ptr()) for i, layer in enumerate(self.layers))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -81,12 +81,12 @@ def test_window_keeps_the_last_rows_in_order():
     for step in range(1, 40):
         rows = torch.arange(len(held), len(held) + step % 7).float().view(1, 1, -1, 1)
         held += rows.flatten().tolist()
-        window.append(rows, -rows)
-        kept = window.keys[0, 0, : window.length, 0].tolist()
+        window.append(rows, -rows, [step % 7])
+        length = int(window.lengths[0])
+        kept = window.keys[0, 0, :length, 0].tolist()
         assert kept == held[len(held) - len(kept) :]
         assert len(kept) >= min(4, len(held))
-        assert window.lengths.tolist() == [window.length]
         assert torch.equal(window.values, -window.keys)
     assert window.keys.data_ptr() == pointer
     window.write_tree(1, torch.full((1, 1, 1, 1), 7.0), torch.full((1, 1, 1, 1), 8.0))
-    assert window.keys[0, 0, window.length + 1, 0] == 7 and window.values[0, 0, window.length + 1, 0] == 8
+    assert window.keys[0, 0, length + 1, 0] == 7 and window.values[0, 0, length + 1, 0] == 8

@@ -124,11 +124,11 @@ def test_drafting_computes_what_training_trains(family):
             cache = outputs[CACHE_ARG]
             bound = bind(draft, model)
             generator = LongSpecCandidateGenerator(draft, bound, TreeSettings((1,), 8, 0, 2))
-            generator.start(ids[0, :-1].tolist(), torch.arange(length - 1))
-            generator.append([int(ids[0, -1])])
+            generator.start([ids[0, :-1].tolist()], torch.arange(length - 1).unsqueeze(0))
+            generator.append([[int(ids[0, -1])]])
             seen = []
             draft.next_token_logits = lambda hidden, head, *a, seen=seen: seen.append(hidden) or head(hidden)
-            generator.propose(cache)
+            generator.propose(cache, [1])
             embeds = bound.embed_tokens(ids)
             layer = model(ids, use_cache=True)[CACHE_ARG].layers[bound.layer_idx]
             hidden = draft(

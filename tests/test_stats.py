@@ -27,8 +27,8 @@ def test_counts_add_up(target, mode):  # C104
 
 def test_bonus_token_is_counted():
     stats = SpeculationStats()
-    stats.add_round(drafted=8, committed=3)
-    stats.add_round(drafted=8, committed=1)
+    stats.add_round(drafted=[8], committed=[3])
+    stats.add_round(drafted=[8], committed=[1])
     assert stats.tau == 2
     assert stats.accepted_per_depth == [1, 1]
 

@@ -34,7 +34,7 @@ def beams(draw):
 
 def paths(tree: TokenTree) -> dict[tuple[int, ...], int]:
     """Path of tokens below the root -> node."""
-    tokens, parents = tree.path_lists()
+    [(tokens, parents)] = tree.path_lists()
     found: dict[int, tuple[int, ...]] = {0: ()}
     for i in range(1, tree.num_nodes):
         assert parents[i] < i, "a parent comes before its children"

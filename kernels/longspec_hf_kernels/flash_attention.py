@@ -3,21 +3,14 @@
 Kept beside the fused kernel so that the two can be compared on one card.
 """
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 
+from .backends import has_flash_attn
 from .triton_attention import count_tree_keys, launch_splits, plan_splits
 from .triton_configs import padded_head_dim
 from .triton_kernels import merge_prefix_and_tree_kernel
-
-
-@functools.cache
-def has_flash_attn() -> bool:
-    """Whether the flash-attn package is installed; without it PyTorch's own flash kernel is used."""
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 def hybrid_tree_attention_flash(
@@ -41,12 +34,21 @@ def hybrid_tree_attention_flash(
             does not); False is the paper's scheme.
         host_lens: `prefix_lens` as the caller knows them, to spare PyTorch's kernel the wait (below).
 
-    Others, and the result, as in `hybrid_tree_attention_reference`; fp16 and bf16. With flash-attn all
+    Others, and the result, as in `hybrid_tree_attention_reference`; fp16 and bf16; a soft-cap with flash-attn
+    only. With flash-attn all
     lengths are read on the device; PyTorch's kernel takes views cut on the host, so without `host_lens`
     it waits for the device, and it cannot be captured with changing lengths.
 
+    Raises:
+        ValueError: a soft-cap without flash-attn.
+
     Source: LongSpec (arXiv 2502.17421), hybrid tree attention.
     """
+    if softcap is not None and not has_flash_attn():
+        raise ValueError(
+            f"`softcap` must be None without the flash-attn package, whose kernel has it; got {softcap}: install "
+            "flash-attn or choose another backend."
+        )
     batch, heads, nodes, head_dim = query.shape
     prefix_out, prefix_lse = prefix_attention(
         query, key, value, prefix_lens, starts, scale, softcap, packed, host_lens
@@ -62,7 +64,7 @@ def hybrid_tree_attention_flash(
             value,
             prefix_lens,
             ancestor_bits,
-            None,
+            prefix_lens,  # as starts: nothing of the prefix is left
             None,
             None,
             None,
@@ -73,7 +75,6 @@ def hybrid_tree_attention_flash(
             scale=scale,
             window=None,
             softcap=softcap,
-            prefix=False,
             direct=False,
         )
     merge_prefix_and_tree_kernel[(batch * nodes * heads,)](
@@ -134,16 +135,22 @@ def prefix_attention(
         )
         out = out.transpose(1, 2)
     else:
-        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
         begins = [0] * batch if starts is None else starts.tolist()
-        for b, (begin, end) in enumerate(zip(begins, host_lens or prefix_lens.tolist(), strict=True)):
-            if end > begin:
-                part = torch.ops.aten._scaled_dot_product_flash_attention(
-                    query[b : b + 1], key[b : b + 1, :, begin:end], value[b : b + 1, :, begin:end], scale=scale
-                )
-                if batch == 1:  # no copy: this is what gets timed
-                    out, lse = part[0], part[1]
-                else:
-                    out[b], lse[b] = part[0][0], part[1][0]
+        ends = host_lens or prefix_lens.tolist()
+        parts = [
+            _torch_flash(query[b : b + 1], key[b : b + 1, :, begin:end], value[b : b + 1, :, begin:end], scale)
+            for b, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        ]
+        out, lse = parts[0] if batch == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     return out.reshape(batch, heads, nodes, head_dim), lse.reshape(batch, heads, nodes)
+
+
+def _torch_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's flash kernel on one sequence `[1, H, T, D]`; zeros and `-inf` where there are no rows."""
+    if key.shape[2] == 0:
+        lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
+        return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+    return out, lse

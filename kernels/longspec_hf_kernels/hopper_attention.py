@@ -60,6 +60,8 @@ def launch_hopper_splits(
     tile: TileConfig,
     *,
     scale: float,
+    early: bool = False,
+    dependent: bool = False,
 ) -> None:
     """Launch the Hopper split kernel.
 
@@ -67,6 +69,7 @@ def launch_hopper_splits(
         partial_out, partial_lse: fp32 `[B, T, Hq, splits, D]` and `[B, T, Hq, splits]` (base 2); the rows
             of an empty split stay unwritten and its log-sum-exp is `-inf`.
         tree_keys: tree rows to look at behind each prefix.
+        early, dependent: as in `SplitPlan`.
 
     Others as in `hybrid_tree_attention_reference`.
     """
@@ -108,5 +111,8 @@ def launch_hopper_splits(
         STAGES=tile.num_stages,
         HAS_TREE=ancestor_bits is not None,
         HAS_STARTS=starts is not None,
+        WAIT=early,
+        RELEASE=dependent,
         num_warps=tile.num_warps,
+        **({"launch_pdl": True} if early else {}),
     )

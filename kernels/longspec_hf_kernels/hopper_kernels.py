@@ -22,6 +22,20 @@ UNIT_ROWS = gl.constexpr(64)
 
 
 @gluon.jit
+def _wait_for_predecessor():
+    """Until the kernels that write this one's inputs have finished: it may be launched before they have."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _release_successor():
+    """The next kernel may be brought in; it waits for this grid before it reads."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _or(a, b):
     return a | b
 
@@ -196,7 +210,7 @@ def _scores_layout(columns):
 @gluon.jit
 def _attend(q_tile, rings, job, partial_out, partial_lse, ancestor_bits, sequence, kv_head, row_tile, split, nodes,
             num_splits, num_words, kv_heads, score_scale, UNIT: gl.constexpr, GROUP: gl.constexpr,
-            STAGES: gl.constexpr, HAS_TREE: gl.constexpr):  # fmt: skip
+            STAGES: gl.constexpr, HAS_TREE: gl.constexpr, RELEASE: gl.constexpr):  # fmt: skip
     """One computing warpgroup: rows `UNIT * 64` to `UNIT * 64 + 63` of the program's 128."""
     k_ring, _v_ring, k_full, _v_full, k_free, _v_free, _v_clean = rings
     _row, _prefix, _exists, clear_tiles, begin, end = job
@@ -234,6 +248,8 @@ def _attend(q_tile, rings, job, partial_out, partial_lse, ancestor_bits, sequenc
     acc = warpgroup_mma(p, v, acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
 
+    if RELEASE:
+        _release_successor()
     empty = total == 0.0
     lse = gl.where(empty, float("-inf"), top + gl.log2(gl.where(empty, 1.0, total)))
     scale = gl.convert_layout(1.0 / gl.where(empty, 1.0, total), gl.SliceLayout(1, acc_layout))
@@ -254,13 +270,15 @@ def hopper_split_attention_kernel(
     stride_qb, stride_qh, stride_qt, nodes, capacity, num_splits, min_tiles, num_words, num_tree_keys, kv_heads,
     score_scale,
     HEAD_DIM: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_TREE: gl.constexpr, HAS_STARTS: gl.constexpr,
+    HAS_TREE: gl.constexpr, HAS_STARTS: gl.constexpr, WAIT: gl.constexpr, RELEASE: gl.constexpr,
 ):  # fmt: skip
     """Grid and splits as in `triton_kernels.split_attention_kernel`, with 128 rows to a row tile.
 
     `key_map` and `value_map` are tensor maps over `[B, Hkv, capacity, HEAD_DIM]` with blocks of
     `[1, 1, BLOCK_N, HEAD_DIM]`. Every split runs at least one tile; one without work hides all of it.
     """
+    if WAIT:
+        _wait_for_predecessor()
     row_tile = gl.program_id(0)
     sequence = gl.program_id(1) // kv_heads
     kv_head = gl.program_id(1) % kv_heads
@@ -308,9 +326,11 @@ def hopper_split_attention_kernel(
     gl.warp_specialize(
         [
             (_attend, (q_tile, rings, job, partial_out, partial_lse, ancestor_bits, sequence, kv_head, row_tile, split,
-                       nodes, num_splits, num_words, kv_heads, score_scale, gl.constexpr(0), GROUP, STAGES, HAS_TREE)),
+                       nodes, num_splits, num_words, kv_heads, score_scale, gl.constexpr(0), GROUP, STAGES, HAS_TREE,
+                       RELEASE)),
             (_attend, (q_tile, rings, job, partial_out, partial_lse, ancestor_bits, sequence, kv_head, row_tile, split,
-                       nodes, num_splits, num_words, kv_heads, score_scale, gl.constexpr(1), GROUP, STAGES, HAS_TREE)),
+                       nodes, num_splits, num_words, kv_heads, score_scale, gl.constexpr(1), GROUP, STAGES, HAS_TREE,
+                       RELEASE)),
             (_load_tiles, (key_map, value_map, rings, sequence, kv_head, row, begin, end, BLOCK_N, STAGES)),
         ],
         [4, 1],

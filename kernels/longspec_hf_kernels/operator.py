@@ -28,7 +28,7 @@ def _run(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    name = select_backend(query, window)
+    name = select_backend(query, window, softcap)
     options = {"starts": starts, "scale": scale, "softcap": softcap, "sinks": sinks}
     if name != "flash":
         options |= {"depths": depths, "key_depths": key_depths, "window": window}

@@ -8,6 +8,8 @@ import triton
 from .hopper_attention import HOPPER_TILE, hopper_fits, launch_hopper_splits
 from .triton_configs import (
     HOPPER_MIN_ROWS,
+    LAUNCH,
+    LaunchOptions,
     TileConfig,
     choose_splits,
     choose_tile,
@@ -24,17 +26,30 @@ EDGE_BLOCK = 32
 
 @dataclass
 class SplitPlan:
-    """One launch of the split kernel: its tile, the splits its shares count and those it launches."""
+    """One launch of the split kernel: its tile, the splits its shares count and those it launches.
+
+    `early`: the split kernel is brought in while its predecessor runs; `dependent`: the reduction is while
+    the split kernel does.
+    """
 
     tile: TileConfig
+    options: LaunchOptions
     planned: int
     launched: int
     min_tiles: int
+    early: bool
     dependent: bool
 
 
 def plan_splits(
-    query: torch.Tensor, key: torch.Tensor, tree_keys: int, tile: TileConfig | None, splits: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    tree_keys: int,
+    tile: TileConfig | None,
+    splits: int | None,
+    *,
+    hopper: bool = False,
+    options: LaunchOptions = LAUNCH,
 ) -> SplitPlan:
     """Choose tile and splits from shapes and device alone (no lengths: a launch can be captured)."""
     batch, heads, nodes, head_dim = query.shape
@@ -47,7 +62,9 @@ def plan_splits(
     # Splits that no length could fill are not launched; the shares, and so the bits, stay the same.
     most_tiles = capacity // tile.block_n + -(-(tile.block_n + tree_keys) // EDGE_BLOCK)
     launched = min(planned, max(1, -(-most_tiles // min_tiles)))
-    return SplitPlan(tile, planned, launched, min_tiles, launched > 1 and limits.dependent_launch)
+    early = options.early_splits and limits.dependent_launch
+    dependent = limits.dependent_launch and (options.early_hopper if hopper else launched > 1)
+    return SplitPlan(tile, options, planned, launched, min_tiles, early, dependent)
 
 
 def hybrid_tree_attention_triton(
@@ -67,6 +84,7 @@ def hybrid_tree_attention_triton(
     tile: TileConfig | None = None,
     splits: int | None = None,
     hopper: bool | None = None,
+    options: LaunchOptions = LAUNCH,
 ) -> torch.Tensor:
     """`hybrid_tree_attention_reference` as a fused split-KV kernel and a reduction.
 
@@ -74,7 +92,7 @@ def hybrid_tree_attention_triton(
     or ancestor words have changed.
 
     Args:
-        tile, splits: override the table of `triton_configs`, for tests and benchmarks.
+        tile, splits, options: override the tables of `triton_configs`, for tests and benchmarks.
         hopper: force or forbid the kernel of `hopper_kernels`; by default it runs where it fits and there
             are rows enough for it.
 
@@ -89,9 +107,9 @@ def hybrid_tree_attention_triton(
         many_rows = nodes * (heads // key.shape[1]) >= HOPPER_MIN_ROWS
         hopper = tile is None and many_rows and hopper_fits(query, key, value, window, softcap)
     tree_keys = count_tree_keys(ancestor_bits, key_depths)
-    plan = plan_splits(query, key, tree_keys, (tile or HOPPER_TILE) if hopper else tile, splits)
+    tile = (tile or HOPPER_TILE) if hopper else tile
+    plan = plan_splits(query, key, tree_keys, tile, splits, hopper=hopper, options=options)
     direct = plan.launched == 1 and not hopper
-    dependent = plan.dependent and not hopper
     partial_shape = (batch, nodes, heads, plan.launched)
     partial_lse = out if direct else query.new_empty(partial_shape, dtype=torch.float32)
     partial_out = out if direct else query.new_empty((*partial_shape, head_dim), dtype=torch.float32)
@@ -108,6 +126,8 @@ def hybrid_tree_attention_triton(
             tree_keys,
             plan.tile,
             scale=scale,
+            early=plan.early,
+            dependent=plan.dependent,
         )
     else:
         launch_splits(
@@ -127,11 +147,9 @@ def hybrid_tree_attention_triton(
             scale=scale,
             window=window,
             softcap=softcap,
-            prefix=True,
             direct=direct,
         )
     if not direct:
-        launch = {"launch_pdl": True} if dependent else {}
         combine_splits_kernel[(batch * nodes * heads,)](
             partial_out,
             partial_lse,
@@ -146,11 +164,17 @@ def hybrid_tree_attention_triton(
             MAX_SPLITS=triton.next_power_of_2(plan.launched),
             BLOCK_S=reduction_chunk(plan.planned),
             HAS_SINKS=sinks is not None,
-            WAIT=dependent,
-            num_warps=4,
-            **launch,
+            WAIT=plan.dependent,
+            RELEASE=plan.early,
+            num_warps=options.reduction_warps,
+            **overlapped(plan.dependent),
         )
     return out
+
+
+def overlapped(wanted: bool) -> dict[str, bool]:
+    """Launch options of a kernel that is brought in before its predecessor has finished; it must wait for it."""
+    return {"launch_pdl": True} if wanted else {}
 
 
 def count_tree_keys(ancestor_bits: torch.Tensor | None, key_depths: torch.Tensor | None) -> int:
@@ -178,7 +202,6 @@ def launch_splits(
     scale: float,
     window: int | None,
     softcap: float | None,
-    prefix: bool,
     direct: bool,
 ) -> None:
     """Launch the split kernel.
@@ -187,7 +210,6 @@ def launch_splits(
         out: `[B, Hq, T, D]`, written with `direct` (one split).
         partial_out, partial_lse: fp32 `[B, T, Hq, splits, D]` and `[B, T, Hq, splits]` (base 2), written
             otherwise; the rows of an empty split stay unwritten and its log-sum-exp is `-inf`.
-        prefix: False leaves out the prefix, for the tree part alone.
 
     Others as in `hybrid_tree_attention_reference`.
     """
@@ -228,7 +250,7 @@ def launch_splits(
         BLOCK_N=tile.block_n,
         EDGE_BLOCK=min(EDGE_BLOCK, tile.block_n),
         STAGES=tile.num_stages,
-        HAS_PREFIX=prefix,
+        EDGE_STAGES=plan.options.edge_stages,
         HAS_TREE=ancestor_bits is not None,
         HAS_STARTS=starts is not None,
         HAS_SINKS=sinks is not None,
@@ -236,6 +258,8 @@ def launch_splits(
         SOFTCAP=softcap is not None,
         DIRECT=direct,
         PRECISION="ieee",
+        WAIT=plan.early,
         RELEASE=plan.dependent,
         num_warps=tile.num_warps,
+        **overlapped(plan.early),
     )

@@ -19,6 +19,23 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
+class LaunchOptions:
+    """How the launches of one call overlap; every choice gives the same result.
+
+    Attributes:
+        early_splits: bring the split kernel in while the kernel before it is still running.
+        early_hopper: bring the reduction in while the Hopper kernel is still running, as behind the other one.
+        edge_stages: pipeline depth of the masked tiles.
+        reduction_warps: warps that merge the splits of one row.
+    """
+
+    early_splits: bool = False
+    early_hopper: bool = False
+    edge_stages: int = 1
+    reduction_warps: int = 4
+
+
+@dataclass(frozen=True)
 class DeviceLimits:
     """What the tables need to know of a device; `shared_memory` in bytes per multiprocessor."""
 
@@ -47,6 +64,7 @@ WIDE_HALF_TILES = {
 # True fp32 products run on the ordinary units with both operands in registers: small tiles only.
 FLOAT_TILES = {16: TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2, programs_per_sm=2)}
 WIDE_FLOAT_TILES = {16: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)}
+LAUNCH = LaunchOptions()
 # A split shorter than this costs more in the reduction than it gains in parallel reads.
 MIN_SPLIT_ROWS = 128
 # Packed rows from which the Hopper kernel's tile of 128 pays: more than one such tile.

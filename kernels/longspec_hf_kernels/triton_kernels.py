@@ -81,9 +81,9 @@ def split_attention_kernel(
     score_scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, HAS_TREE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    EDGE_STAGES: tl.constexpr, HAS_TREE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
-    RELEASE: tl.constexpr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row tile of one K/V head over one split of its K/V tiles.
 
@@ -91,6 +91,8 @@ def split_attention_kernel(
     share K and V are resident together and the second reader finds them in the L2 cache. Lengths
     come from device tensors; splits beyond a sequence's work write a log-sum-exp of -inf only.
     """
+    if WAIT:
+        tl.extra.cuda.gdc_wait()  # launched before the kernels that write its inputs have finished
     row_tile = tl.program_id(0)
     sequence = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
@@ -116,9 +118,6 @@ def split_attention_kernel(
         first_row = tl.maximum(first_row, prefix + lowest - window + 1)
         position = prefix + tl.where(row_ok, depth, 0).to(tl.int32)
     first_row = tl.minimum(first_row, prefix)
-
-    if not HAS_PREFIX:
-        first_row = prefix
     clear_tiles = prefix * 0  # tiles that every row sees whole
     if not WINDOW:
         clear_tiles = (prefix - first_row) // BLOCK_N
@@ -139,7 +138,7 @@ def split_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if HAS_PREFIX and not WINDOW:
+    if not WINDOW:
         tile_rows = tl.arange(0, BLOCK_N)
         for tile in tl.range(begin, tl.minimum(end, clear_tiles), num_stages=STAGES):
             # 64-bit only for the tile's start: the offsets inside a tile are small.
@@ -152,7 +151,7 @@ def split_attention_kernel(
                 q, k, v, acc, top, total, True, score_scale, softcap, False, SOFTCAP, PRECISION
             )
     edge_rows = tl.arange(0, EDGE_BLOCK)
-    for tile in tl.range(tl.maximum(begin, clear_tiles), end, num_stages=1):
+    for tile in tl.range(tl.maximum(begin, clear_tiles), end, num_stages=EDGE_STAGES):
         start = edge_row + (tile - clear_tiles) * EDGE_BLOCK
         row = start + edge_rows
         row_exists = row < tl.minimum(prefix + num_tree_keys, capacity)
@@ -206,7 +205,7 @@ def combine_splits_kernel(
     partial_out, partial_lse, sinks, out, stride_ob, stride_oh, stride_ot, stride_od,
     nodes, heads, num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_SINKS: tl.constexpr, WAIT: tl.constexpr,
+    HAS_SINKS: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one (sequence, node, head) row by their log-sum-exp. Grid: (rows,)."""
     slot = tl.program_id(0)
@@ -217,6 +216,8 @@ def combine_splits_kernel(
     dim_ok = dims < HEAD_DIM
     if WAIT:
         tl.extra.cuda.gdc_wait()  # launched before the splits have finished: see triton_attention
+    if RELEASE:
+        tl.extra.cuda.gdc_launch_dependents()  # whatever is brought in waits for this grid before it reads
     first = slot.to(tl.int64) * num_splits
     splits = tl.arange(0, MAX_SPLITS)
     every_lse = tl.load(partial_lse + first + splits, mask=splits < num_splits, other=float("-inf"))

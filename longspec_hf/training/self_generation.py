@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import LongSpecCache
+from ..hook import CACHE_ARG
+
 INSTRUCTIONS = (
     "Explain what the following code does, step by step.\n\n```python\n{text}\n```",
     "Summarize the following text.\n\n{text}",
@@ -95,7 +98,11 @@ def continue_prompts(
             **sampling,
         )
         batch = batch.to(target.device)
-        output = target.generate(batch, attention_mask=torch.ones_like(batch), generation_config=config)
+        cache = LongSpecCache()  # written in place, where a growing cache would be copied at every token
+        cache.reserve(prompts.shape[1] + new_tokens)
+        output = target.generate(
+            batch, attention_mask=torch.ones_like(batch), generation_config=config, **{CACHE_ARG: cache}
+        )
         missing = prompts.shape[1] + new_tokens - output.shape[1]
         rows.append(torch.nn.functional.pad(output, (0, missing), value=_end(target)).cpu().numpy())
     return np.concatenate(rows)

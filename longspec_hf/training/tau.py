@@ -108,17 +108,17 @@ def replay(
     for setting in settings:
         stats = SpeculationStats(committed=1, committed_by_prefill=1)
         generator = LongSpecCandidateGenerator(draft, bound, setting)
-        generator.start(text.prompt_ids, positions[: len(text.prompt_ids)])
-        generator.append(text.output_ids[:1])
+        generator.start([text.prompt_ids], positions[None, : len(text.prompt_ids)])
+        generator.append([text.output_ids[:1]])
         length = len(text.prompt_ids) + 1
         while length < len(ids):
             layer.length = length - 1
-            tree = generator.propose(cache, max_depth=len(ids) - length - 1)
+            tree = generator.propose(cache, [len(ids) - length - 1])
             draw = _NextTokens(ids[length:])
-            result = walk(*tree.path_lists(), draw)
-            generator.append(result.tokens)
+            result = walk(*tree.path_lists()[0], draw)
+            generator.append([result.tokens])
             length += len(result.tokens)
-            stats.add_round(drafted=tree.num_nodes - 1, committed=len(result.tokens))
+            stats.add_round(drafted=[tree.num_nodes - 1], committed=[len(result.tokens)])
         results.append(stats)
     return results
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from longspec_hf_kernels.triton_configs import (
     DeviceLimits,
+    LaunchOptions,
     choose_splits,
     choose_tile,
     min_split_tiles,
@@ -38,3 +39,20 @@ def test_all_programs_are_resident_at_once_unless_there_are_too_many_for_that(ro
     programs = -(-rows // tile.block_m) * kv_heads * batch * splits
     assert splits >= 1
     assert splits == 1 or programs <= tile.programs_per_sm * limits.multiprocessors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("hopper", [True, False])
+def test_launches_overlap_where_asked_and_the_device_can(monkeypatch, device, splits, hopper):
+    triton_attention = pytest.importorskip("longspec_hf_kernels.triton_attention", reason="it launches Triton kernels")
+    limits = DEVICES[device]
+    monkeypatch.setattr(triton_attention, "device_limits", lambda _: limits)
+    query, key = torch.zeros(1, 8, 4, 64), torch.zeros(1, 2, 4096, 64)
+    both = LaunchOptions(early_splits=True, early_hopper=True)
+    for options in (LaunchOptions(), both):
+        plan = triton_attention.plan_splits(query, key, 4, None, splits, hopper=hopper, options=options)
+        assert plan.early == (limits.dependent_launch and options is both)
+        # Without a second split the portable kernel has no reduction behind it; the Hopper kernel always has.
+        reduction = options is both if hopper else splits > 1
+        assert plan.dependent == (limits.dependent_launch and reduction)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from longspec_hf_kernels import pack_ancestor_bits
 from longspec_hf_kernels.triton_attention import hybrid_tree_attention_triton
-from longspec_hf_kernels.triton_configs import TileConfig
+from longspec_hf_kernels.triton_configs import LaunchOptions, TileConfig
 
 pytestmark = needs_interpreter
 
@@ -72,6 +72,16 @@ def test_result_hardly_depends_on_the_splits_and_repeats_bit_for_bit():
     for run in runs[1:]:
         assert relative_error(run, runs[0]) < SPLIT_TOLERANCE
     assert torch.equal(case.run(hybrid_tree_attention_triton, tile=SMALL, splits=8), runs[3])
+
+
+def test_launch_options_do_not_change_the_bits():
+    case = make_case(prefixes=[300, 20], nodes=9, tree_keys=70, kv_heads=1, head_dim=16)
+    options = LaunchOptions(early_splits=True, early_hopper=True, edge_stages=2, reduction_warps=1)
+    plain, changed = (
+        case.run(hybrid_tree_attention_triton, tile=SMALL, splits=4, options=o) for o in (LaunchOptions(), options)
+    )
+    assert torch.equal(plain, changed)
+    assert relative_error(plain, case.expected()) < TOLERANCE[torch.float32]
 
 
 def test_a_sequence_keeps_its_bits_whatever_its_neighbours_length_and_the_capacity():

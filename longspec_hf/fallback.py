@@ -1,0 +1,131 @@
+"""Calls that cannot be speculated, each with its reason in words. Plain decoding gives them the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.generation import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from .cache import LongSpecCache
+from .settings import TreeSettings
+
+ROW_WISE = (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+"""Processors and criteria that treat every sequence by itself: those of a batch may get ahead of one another."""
+
+
+def reason_of_config(config: GenerationConfig, settings: TreeSettings, synced_gpus: bool) -> str | None:
+    """What in the configuration asks for plain decoding, or `None`."""
+    if config.return_dict_in_generate and config.output_attentions:
+        return "`output_attentions` is asked for"
+    if synced_gpus:
+        return "`synced_gpus` needs the same number of forwards on every GPU"
+    if not config.use_cache:
+        return "`use_cache` is off"
+    if config.output_hidden_states and config.prefill_chunk_size is not None:
+        return "`output_hidden_states` is asked for with `prefill_chunk_size`"
+    return None
+
+
+def reason_of_inputs(model_kwargs: dict[str, Any], cache_argument: str, config: GenerationConfig) -> str | None:
+    """What in the inputs asks for plain decoding, or `None`."""
+    cache = model_kwargs.get(cache_argument)
+    if cache is None:
+        return "there is no cache"
+    if isinstance(cache, StaticCache) and config.cache_implementation is not None:
+        pass  # made by generate for this call
+    elif not isinstance(cache, LongSpecCache) and (type(cache) is not DynamicCache or cache.offloading):
+        return f"the cache is a {'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__}"
+    elif not LongSpecCache.can_take_over(cache):
+        return "the given cache does not keep every row"
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and (mask.dim() != 2 or bool((mask[:, 1:] < mask[:, :-1]).any())):
+        return "`attention_mask` has zeros behind ones"
+    if (positions := model_kwargs.get("position_ids")) is not None and positions.dim() != 2:
+        return "`position_ids` has several axes"
+    return None
+
+
+def reason_of_rope(config: PreTrainedConfig, prompt_length: int, max_length: int) -> str | None:
+    """Whether plain decoding would rotate tokens of this call by tables that depend on how far it had got."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    depends = "dynamic" in kinds and max_length > limit
+    depends |= "longrope" in kinds and prompt_length <= limit < max_length
+    return "the target's rotary table changes with the length of the text" if depends else None
+
+
+def reason_of_batch(
+    config: GenerationConfig, settings: TreeSettings, processors: Iterable[Any], criteria: Iterable[Any], streams: bool
+) -> str | None:
+    """Why several sequences must go on in step, or `None`."""
+    criteria = list(criteria)
+    if streams:
+        return "a streamer takes the tokens of a batch in step"
+    if config.return_dict_in_generate and config.output_hidden_states:
+        return "`output_hidden_states` is asked for with a batch"
+    if settings.recheck_near_ties:
+        return "`recheck_near_ties` works on one sequence"
+    for function in [*processors, *criteria]:
+        if type(function) not in ROW_WISE:
+            return f"{type(function).__name__} may tie the sequences of a batch together"
+    if not any(isinstance(rule, EosTokenCriteria) for rule in criteria):
+        others = [type(rule).__name__ for rule in criteria if not isinstance(rule, MaxLengthCriteria)]
+        if others:
+            return f"without an end token, {others[0]} ends all sequences of a batch together"
+    return None

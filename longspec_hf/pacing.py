@@ -1,0 +1,82 @@
+"""When to speculate: a call whose rounds do not pay goes on with plain steps, and tries again later.
+
+A token bucket, filled by every token and emptied by every round that took longer than its tokens would have taken
+plainly. Speculation goes on while there is something left, so it can lose a fixed share of a call's time, and what
+its first rounds cost, but no more. Time is what the clock says, so the same call may go plain on one machine and not
+on another; the tokens are the same.
+"""
+
+from __future__ import annotations
+
+TRIAL_ROUNDS = 3
+"""Rounds before the first judgement; the first of a call is often slower than the rest."""
+PLAIN_STEPS = 2
+"""Plain steps timed for the comparison; the faster one counts."""
+SHARE = 0.05
+"""Part of plain decoding's time that rounds may lose in the long run."""
+CREDIT = 4.0
+"""Most that can be saved up, in plain steps: bad luck of a few rounds is no reason to stop."""
+
+
+class Pacer:
+    """Chooses between a round and a plain step.
+
+    Args:
+        enabled: `False` always chooses the round.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.pauses = 0
+        self.rounds = 0
+        self.plain_seconds: float | None = None
+        self._timed_steps = 0
+        self._credit = CREDIT
+        self._paused = False
+        self._always_full = True
+        self._pending: list[tuple[float, float]] = []
+
+    def speculates(self) -> bool:
+        """Whether the next step shall be a round."""
+        if not self.enabled or self.rounds < TRIAL_ROUNDS or self._always_full:
+            return True
+        if self._timed_steps < PLAIN_STEPS:
+            return False
+        return self._credit > 0
+
+    def add_round(self, seconds: float, tokens: float, full: bool) -> None:
+        """Take note of a round.
+
+        Args:
+            seconds: its time.
+            tokens: tokens it committed, the mean over the sequences.
+            full: whether it could not have committed more.
+        """
+        self.rounds += 1
+        self._always_full &= full
+        self._pending.append((seconds, tokens))
+        self._settle()
+
+    def add_plain(self, seconds: float) -> None:
+        """Take note of a plain step."""
+        self._timed_steps += 1
+        if self.plain_seconds is None:
+            self.plain_seconds = seconds
+        elif self._timed_steps <= PLAIN_STEPS:
+            self.plain_seconds = min(self.plain_seconds, seconds)
+        else:  # follows a growing context, not a hiccup
+            self.plain_seconds += 0.1 * (min(seconds, 2 * self.plain_seconds) - self.plain_seconds)
+        self._credit = min(CREDIT, self._credit + SHARE)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Charge the rounds that were not compared with plain steps yet."""
+        if self._timed_steps < PLAIN_STEPS or self.plain_seconds is None:
+            return
+        for seconds, tokens in self._pending:
+            lost = seconds / self.plain_seconds - tokens
+            self._credit = min(CREDIT, self._credit + SHARE * tokens - lost)
+        self._pending = []
+        out = self._credit <= 0
+        self.pauses += out and not self._paused
+        self._paused = out

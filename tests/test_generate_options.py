@@ -1,0 +1,358 @@
+"""Options of `generate`: each gives what plain decoding gives, speculated or with a reason why not."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch._dynamo.testing
+from models import ScriptedDraft, learned, prompt, scripted, tiny_target
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from longspec_hf.hook import CACHE_ARG
+
+NEW = 30
+
+
+def compare(target, draft=None, speculated=True, **kwargs):
+    """Plain and ours with equal arguments; returns both outputs."""
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **kwargs}
+    plain = target.generate(**copy.deepcopy(kwargs))
+    out = target.generate(**kwargs, assistant_model=draft or learned(target))
+    assert torch.equal(plain.sequences, out.sequences)
+    assert (out.speculation_stats.fallback_reason is None) == speculated, out.speculation_stats.fallback_reason
+    return plain, out
+
+
+@pytest.mark.parametrize("mode", ["oracle", "noisy", "wrong"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_hidden_states_line_up_with_tokens(target, mode, padding):  # C55
+    ids = prompt(12)
+    draft = scripted(target, ids, NEW, mode)
+    ids = torch.nn.functional.pad(ids, (padding, 0))
+    mask = (torch.arange(12 + padding) >= padding).long().unsqueeze(0)
+    plain, out = compare(target, draft, input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    assert len(plain.hidden_states) == len(out.hidden_states) == NEW
+    for place, (ours, theirs) in enumerate(zip(out.hidden_states, plain.hidden_states, strict=True)):
+        assert len(ours) == len(theirs) == 3
+        for a, b in zip(ours, theirs, strict=True):
+            shown = slice(0 if place else padding, None)
+            torch.testing.assert_close(a[:, shown], b[:, shown], atol=1e-4, rtol=1e-4)
+
+
+def test_attentions_are_plains(target):  # C55
+    model = tiny_target(attn_implementation="eager")
+    plain, out = compare(model, speculated=False, input_ids=prompt(9), output_attentions=True, max_new_tokens=8)
+    for ours, theirs in zip(out.attentions, plain.attentions, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_prompts_given_as_embeddings(target, with_ids, rows):  # C47
+    ids = torch.cat([prompt(12, seed=row) for row in range(rows)])
+    embeds = target.get_input_embeddings()(ids).detach()
+    kwargs = {"inputs_embeds": embeds} | ({"input_ids": ids} if with_ids else {})
+    plain, out = compare(target, **kwargs)
+    assert torch.equal(plain.sequences[:, -NEW:], target.generate(ids, max_new_tokens=NEW, do_sample=False)[:, 12:])
+    # The window holds the true prompt, so drafting is as good as with ids.
+    by_ids = target.generate(
+        ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, assistant_model=learned(target)
+    )
+    window, other = out[CACHE_ARG].draft_window, by_ids[CACHE_ARG].draft_window
+    assert torch.equal(window.lengths, other.lengths)
+
+
+def test_a_padded_embedding_prompt(target):
+    ids = prompt(12)
+    embeds = torch.cat([torch.full((1, 4, 32), 3.0), target.get_input_embeddings()(ids).detach()], dim=1)
+    mask = (torch.arange(16) >= 4).long().unsqueeze(0)
+    compare(target, inputs_embeds=embeds, attention_mask=mask)
+
+
+@pytest.mark.parametrize("how", ["setting", "object", "exact"])
+def test_static_caches(target, how):  # C67
+    ids = prompt(12)
+    if how == "setting":
+        compare(target, input_ids=ids, cache_implementation="static")
+        return
+    length = 12 + NEW + (0 if how == "exact" else 20)
+    plain = target.generate(ids, max_new_tokens=NEW, do_sample=False)
+    cache = StaticCache(config=target.config, max_cache_len=length)
+    out = target.generate(
+        ids,
+        max_new_tokens=NEW,
+        do_sample=False,
+        assistant_model=learned(target),
+        return_dict_in_generate=True,
+        **{CACHE_ARG: cache},
+    )
+    assert torch.equal(plain, out.sequences) and out[CACHE_ARG] is cache
+    assert "StaticCache" in out.speculation_stats.fallback_reason
+
+
+@pytest.mark.parametrize("settings", [{"cache_implementation": "offloaded"}, {"cache_implementation": "quantized"}])
+def test_caches_that_are_someone_elses(target, settings):  # C68
+    if settings["cache_implementation"] == "offloaded" and not torch.cuda.is_available():
+        kwargs = {"input_ids": prompt(8), "max_new_tokens": 4, "do_sample": False, **settings}
+        errors = []
+        for draft in ({}, {"assistant_model": learned(target)}):
+            try:
+                errors.append(target.generate(**kwargs, **draft))
+            except Exception as error:  # what plain generate raises here is not ours to say
+                errors.append(type(error))
+        assert errors[0] == errors[1] if isinstance(errors[0], type) else torch.equal(*errors)
+        return
+    config = {"nbits": 4}
+    kwargs = {"input_ids": prompt(8), "max_new_tokens": 4, "do_sample": False, "cache_config": config, **settings}
+    outcomes = []
+    for draft in ({}, {"assistant_model": learned(target)}, {"assistant_model": learned(target)}):
+        try:
+            outcomes.append(target.generate(**kwargs, **draft).tolist())
+        except (ImportError, ValueError) as error:
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert config == {"nbits": 4}
+
+
+@pytest.mark.parametrize("chunk", [16, 7])
+def test_chunked_prefill_is_honoured(target, chunk, monkeypatch):  # C105
+    ids = prompt(100)
+    plain = target.generate(ids, max_new_tokens=10, do_sample=False)
+    lengths = []
+    original = type(target).forward
+
+    def forward(self, input_ids=None, **kwargs):
+        lengths.append(input_ids.shape[1])
+        outputs = original(self, input_ids=input_ids, **kwargs)
+        return outputs
+
+    monkeypatch.setattr(type(target), "forward", forward)
+    out = target.generate(
+        ids, max_new_tokens=10, do_sample=False, prefill_chunk_size=chunk, assistant_model=learned(target)
+    )
+    chunks = [chunk] * (100 // chunk) + ([100 % chunk] if 100 % chunk else [])
+    assert torch.equal(plain, out) and lengths[: len(chunks)] == chunks
+
+
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+def test_classifier_free_guidance(target, scale):
+    negative = prompt(5, seed=3)
+    compare(target, input_ids=prompt(12), guidance_scale=scale)
+    compare(target, input_ids=prompt(12), guidance_scale=scale, negative_prompt_ids=negative)
+
+
+def test_beam_search_is_plains(target, caplog):  # C37
+    ids = prompt(8)
+    plain = target.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False)
+    assert torch.equal(
+        plain, target.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False, assistant_model=learned(target))
+    )
+
+
+def test_no_cache(target):  # C56
+    ids = prompt(8)
+    plain = target.generate(ids, max_new_tokens=6, do_sample=False)
+    out = target.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False, assistant_model=learned(target))
+    assert torch.equal(plain, out)
+    model = tiny_target()
+    model.config.use_cache = False  # as training leaves it
+    compare(model, input_ids=ids)
+
+
+def test_num_assistant_tokens_bounds_the_depth(target, monkeypatch):  # C44
+    ids = prompt(20)
+    draft = scripted(target, ids, NEW, "oracle", tree_shape=[1] * 5)
+    before = (draft.config.to_dict(), copy.deepcopy(draft.generation_config), copy.deepcopy(target.generation_config))
+    lengths = []
+    original = type(target).forward
+
+    def forward(self, input_ids=None, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return original(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(target), "forward", forward)
+    target.generate(ids, max_new_tokens=NEW, do_sample=False, num_assistant_tokens=2, assistant_model=draft)
+    assert max(lengths[1:]) == 3
+    after = (draft.config.to_dict(), draft.generation_config, target.generation_config)
+    assert before[0] == after[0] and before[2] == after[2]
+    assert (before[1] is None) == (after[1] is None)
+
+
+def test_settings_of_call_and_draft(target):
+    """The call's settings come before the draft's, and neither is changed."""
+    ids = prompt(20)
+    draft = scripted(target, ids, NEW, "oracle", tree_shape=[1, 1, 1])
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+    config.tree_shape = [1, 1]
+    assert target.generate(ids, generation_config=config, assistant_model=draft).speculation_stats.tau <= 3
+    assert config.tree_shape == [1, 1] and draft.config.tree_shape == [1, 1, 1]
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+    assert target.generate(ids, generation_config=config, assistant_model=draft).speculation_stats.tau > 3
+
+
+def caches_of_a_prefix(target, ids):
+    """A cache prefilled outside, by a forward of the first ids."""
+    with torch.no_grad():
+        return target(ids, use_cache=True, **{CACHE_ARG: DynamicCache(config=target.config)})[CACHE_ARG]
+
+
+def test_a_prefix_prefilled_outside_and_copied(target):  # C58
+    ids = prompt(40)
+    prefix = caches_of_a_prefix(target, ids[:, :25])
+    plain = target.generate(ids, max_new_tokens=NEW, do_sample=False)
+    for _ in range(2):  # a copy each, so that the prefix can be used again
+        cache = copy.deepcopy(prefix)
+        out = target.generate(
+            ids,
+            max_new_tokens=NEW,
+            do_sample=False,
+            assistant_model=learned(target),
+            **{CACHE_ARG: cache},
+        )
+        assert torch.equal(plain, out)
+        assert cache.get_seq_length() == 40 + NEW - 1  # the user's own cache holds the text, as after plain
+    assert prefix.get_seq_length() == 25
+
+
+def test_our_cache_can_be_copied(target):
+    ids = prompt(20)
+    first = target.generate(
+        ids, max_new_tokens=10, do_sample=False, assistant_model=learned(target), return_dict_in_generate=True
+    )
+    kept = copy.deepcopy(first[CACHE_ARG])
+    more = torch.cat([first.sequences, prompt(5, seed=9)], dim=1)
+    plain = target.generate(more, max_new_tokens=10, do_sample=False)
+    for cache in (kept, first[CACHE_ARG]):
+        assert torch.equal(
+            plain,
+            target.generate(
+                more, max_new_tokens=10, do_sample=False, assistant_model=learned(target), **{CACHE_ARG: cache}
+            ),
+        )
+
+
+@pytest.mark.parametrize("turns", ["full", "new"])
+def test_three_chat_turns(target, turns):  # C58, C60
+    draft = learned(target)
+    cache, text, other = None, prompt(10), prompt(10)
+    for turn in range(3):
+        arguments = {} if cache is None else {CACHE_ARG: cache}
+        given = text
+        if turns == "new" and cache is not None:
+            given = text[:, cache.get_seq_length() :]
+        out = target.generate(
+            given,
+            attention_mask=torch.ones_like(text),
+            max_new_tokens=12,
+            do_sample=False,
+            assistant_model=draft,
+            return_dict_in_generate=True,
+            **arguments,
+        )
+        cache = out[CACHE_ARG]
+        new = out.sequences[:, given.shape[1] :]
+        other = target.generate(other, max_new_tokens=12, do_sample=False)
+        text = torch.cat([text, new], dim=1)
+        assert torch.equal(text, other)
+        addition = prompt(6, seed=40 + turn)
+        text, other = torch.cat([text, addition], dim=1), torch.cat([other, addition], dim=1)
+
+
+def test_near_the_context_limit():  # C72
+    target = tiny_target(max_position_embeddings=64)
+    for length in (55, 60, 63):
+        compare(target, input_ids=prompt(length), max_new_tokens=64 - length)
+        compare(target, input_ids=prompt(length), max_length=64, max_new_tokens=None)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3000])
+def test_very_short_and_long_prompts(target, length):
+    compare(target, input_ids=prompt(length))
+
+
+def test_threads_on_one_pair(target):  # C21
+    draft = learned(target)
+    prompts = [prompt(10 + 7 * i, seed=i) for i in range(6)]
+    expected = [target.generate(ids, max_new_tokens=25, do_sample=False) for ids in prompts]
+    results: dict[int, torch.Tensor] = {}
+
+    def run(number):
+        kwargs = {"max_new_tokens": 25, "do_sample": False, "assistant_model": draft if number % 3 else None}
+        results[number] = target.generate(prompts[number], **kwargs)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for number, ids in enumerate(expected):
+        assert torch.equal(ids, results[number])
+
+
+def test_an_exception_in_a_processor_leaves_everything_as_it_was(target):
+    ids = prompt(20)
+    attention = target.config._attn_implementation
+    state = {name: value.clone() for name, value in target.state_dict().items()}
+    calls = []
+
+    def broken(input_ids, scores):
+        calls.append(1)
+        if len(calls) == 7:
+            raise RuntimeError("on purpose")
+        return scores
+
+    draft = scripted(target, ids, NEW, "oracle")
+    cache = caches_of_a_prefix(target, ids[:, :10])
+    with pytest.raises(RuntimeError, match="on purpose"):
+        target.generate(
+            ids,
+            max_new_tokens=NEW,
+            do_sample=False,
+            assistant_model=draft,
+            logits_processor=[broken],
+            **{CACHE_ARG: cache},
+        )
+    assert target.config._attn_implementation == attention and cache.get_seq_length() == 10
+    assert all(torch.equal(state[name], value) for name, value in target.state_dict().items())
+    compare(target, draft, input_ids=ids)
+
+
+def test_a_compiled_target_is_not_compiled_again_each_round():  # C106
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    target = tiny_target()
+    ids = prompt(20)
+    plain = target.generate(ids, max_new_tokens=120, do_sample=False)
+    target.forward = torch.compile(target.forward, backend=counter, dynamic=False)
+    draft = ScriptedDraft(target, plain, "noisy", ngram_branch_length=3)
+    out = target.generate(
+        ids, max_new_tokens=120, do_sample=False, assistant_model=draft, return_dict_in_generate=True
+    )
+    assert torch.equal(plain, out.sequences)
+    assert out.speculation_stats.rounds >= 50
+    assert counter.frame_count <= 3  # the prefill and the tree
+
+
+def test_a_wrapped_target(target):  # C51
+    peft = pytest.importorskip("peft")
+    model = tiny_target()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    draft = learned(wrapped)
+    ids = prompt(12)
+    plain = wrapped.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
+    out = wrapped.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, assistant_model=draft)
+    assert torch.equal(plain, out)
+    with wrapped.disable_adapter():
+        base = wrapped.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)
+        assert not torch.equal(base, plain)
+        assert torch.equal(
+            base, wrapped.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, assistant_model=draft)
+        )
+    merged = wrapped.merge_and_unload()
+    assert torch.equal(
+        merged.generate(ids, max_new_tokens=NEW, do_sample=False),
+        merged.generate(ids, max_new_tokens=NEW, do_sample=False, assistant_model=draft),
+    )

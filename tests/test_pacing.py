@@ -1,0 +1,112 @@
+"""When a call goes over to plain steps, and what that can cost."""
+
+import pytest
+import torch
+from models import prompt, scripted, tiny_target
+
+from longspec_hf.pacing import Pacer
+
+
+def simulate(pacer, new_tokens, round_cost, tokens_at, plain_cost=1.0, depth=4):
+    """Seconds a paced call takes; `tokens_at` says what a round at a place would commit."""
+    seconds, done = 0.0, 0
+    while done < new_tokens:
+        if pacer.speculates():
+            tokens = min(tokens_at(done), new_tokens - done)
+            pacer.add_round(round_cost, tokens, tokens > depth)
+            seconds += round_cost
+            done += tokens
+        else:
+            pacer.add_plain(plain_cost)
+            seconds += plain_cost
+            done += 1
+    return seconds
+
+
+@pytest.mark.parametrize("round_cost", [1.1, 1.5, 2.5, 4.0])
+@pytest.mark.parametrize("new_tokens", [128, 512, 4096])
+def test_useless_rounds_cost_at_most_a_tenth(round_cost, new_tokens):
+    pacer = Pacer()
+    assert simulate(pacer, new_tokens, round_cost, lambda place: 1) <= 1.1 * new_tokens
+    assert pacer.pauses >= (round_cost >= 1.5)
+
+
+def test_rounds_that_pay_are_never_stopped():
+    pacer = Pacer()
+    tokens = [1, 3, 2, 4, 1, 1, 3, 2]
+    seconds = simulate(pacer, 512, 1.5, lambda place: tokens[place % len(tokens)])
+    assert seconds < 0.8 * 512 and pacer.pauses == 0
+
+
+def test_speculation_comes_back_when_the_text_turns():
+    """Useless for the first half, five tokens a round in the second."""
+    pacer = Pacer()
+    seconds = simulate(pacer, 2000, 2.0, lambda place: 1 if place < 1000 else 5)
+    assert seconds < 1000 * 1.1 + 1000 * 0.6
+    assert pacer.pauses > 1
+
+
+def test_full_rounds_are_not_interrupted_by_a_comparison():
+    pacer = Pacer()
+    for _ in range(50):
+        assert pacer.speculates()
+        pacer.add_round(9.0, 5, full=True)
+
+
+def test_a_growing_context_is_followed():
+    pacer = Pacer()
+    for _ in range(3):
+        pacer.add_round(3.0, 1, full=False)
+    pacer.add_plain(1.0)
+    for _ in range(200):
+        pacer.add_plain(2.0)
+    assert pacer.plain_seconds == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_always_wrong_draft_is_left(enabled):  # C102
+    target = tiny_target(num_hidden_layers=6)
+    ids = prompt(200)
+    draft = scripted(target, ids, 200, "wrong", fallback_to_plain=enabled, tree_shape=[4, 16, 16, 16, 16])
+    plain = target.generate(ids, max_new_tokens=200, do_sample=False)
+    out = target.generate(
+        ids, max_new_tokens=200, do_sample=False, assistant_model=draft, return_dict_in_generate=True
+    )
+    stats = out.speculation_stats
+    assert torch.equal(plain, out.sequences)
+    assert stats.rounds + stats.plain_steps == 199 and stats.committed == 200
+    if enabled:  # a round with a beam of five levels costs this target several steps
+        assert stats.plain_steps > 150 and stats.pauses >= 1
+        assert "did not pay" in stats.fallback_reason and str(stats.plain_steps) in stats.fallback_reason
+    else:
+        assert stats.plain_steps == 0 and stats.fallback_reason is None
+
+
+def test_a_call_may_switch_it_off(target):
+    ids = prompt(30)
+    draft = scripted(target, ids, 60, "wrong", fallback_to_plain=True)
+    config = target.generation_config.__class__(max_new_tokens=60, do_sample=False, return_dict_in_generate=True)
+    config.fallback_to_plain = False
+    out = target.generate(ids, generation_config=config, assistant_model=draft)
+    assert out.speculation_stats.plain_steps == 0
+    with pytest.raises(ValueError, match="`fallback_to_plain`"):
+        config.fallback_to_plain = "yes"
+        target.generate(ids, generation_config=config, assistant_model=draft)
+
+
+def test_plain_steps_and_rounds_may_alternate(target, monkeypatch):
+    """Whatever the clock says, the tokens are plain's; rows of a batch and padding included."""
+    ids = torch.cat([prompt(20), prompt(20, seed=1)])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for inputs in ({"input_ids": ids[:1], "attention_mask": mask[:1]}, {"input_ids": ids, "attention_mask": mask}):
+        plain = target.generate(**inputs, max_new_tokens=60, do_sample=False)
+        for period in (1, 2, 5):
+            turn = iter(range(1000))
+            monkeypatch.setattr(Pacer, "speculates", lambda self, t=turn, p=period: next(t) // p % 2 == 0)
+            draft = scripted(target, ids[:1], 60, "noisy", fallback_to_plain=True)
+            out = target.generate(
+                **inputs, max_new_tokens=60, do_sample=False, assistant_model=draft, return_dict_in_generate=True
+            )
+            assert torch.equal(plain, out.sequences)
+            assert out.speculation_stats.plain_steps > 5 and out.speculation_stats.rounds > 2
