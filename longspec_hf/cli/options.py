@@ -14,7 +14,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..pairs import DTYPES, EMBEDDED, Pair, load_pair
 
 SAMPLING = ("top_p", "top_k", "min_p")
-TREE = ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match", "recheck_near_ties")
+TREE = (
+    "tree_shape",
+    "max_tree_nodes",
+    "ngram_branch_length",
+    "ngram_min_match",
+    "recheck_near_ties",
+    "fallback_to_plain",
+)
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +54,12 @@ def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
         action=argparse.BooleanOptionalAction,
         default=None,
         help="decide nearly tied tokens as plain decoding would, for bf16 and fp16",
+    )
+    tree.add_argument(
+        "--fallback-to-plain",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="go on without speculation where it does not pay",
     )
 
 

@@ -52,8 +52,8 @@ def test_template_system_message_and_silence(capsys, models):
 
 
 def test_tree_options_reach_the_call(capsys, models):
-    lookup = ["--tree-shape", "--ngram-branch-length", "0"]
-    err = generated(capsys, "--prompt", "w7", *models, *lookup, "--repetition-penalty", "1.0").err
+    nothing = ["--tree-shape", "--ngram-branch-length", "0", "--no-fallback-to-plain"]
+    err = generated(capsys, "--prompt", "w7", *models, *nothing, "--repetition-penalty", "1.0").err
     assert "tau 1.00; 39 rounds, accepted per depth: none" in err
     assert main(["generate", "--prompt", "w7", *models, "--tree-shape", "0"]) == 2
     assert "`tree_shape` must hold integers of at least 1" in capsys.readouterr().err
