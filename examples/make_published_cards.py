@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from longspec_hf.model_card import save_model_card
-from longspec_hf.published import PUBLISHED, make_published_card
+from longspec_hf.published_cards import PUBLISHED_DRAFTS, make_published_card
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
             args.folder / draft.name,
             make_published_card(draft, sorted(args.results.glob(f"published_{draft.name}*.csv"))),
         )
-        for draft in PUBLISHED
+        for draft in PUBLISHED_DRAFTS
     ]
 
 

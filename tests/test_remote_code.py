@@ -37,7 +37,9 @@ print(longspec_hf.LongSpecDraftModel._auto_class, longspec_hf.LongSpecDraftConfi
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return save_tiny_pair(tmp_path_factory.mktemp("pair"))
+    target, draft = save_tiny_pair(tmp_path_factory.mktemp("pair"))
+    (draft / "README.md").write_text("The card.")
+    return target, draft
 
 
 def test_it_loads_with_the_package_and_says_what_is_missing_without(saved, tmp_path, capsys):

@@ -7,13 +7,13 @@ import yaml
 from example_scripts import example
 from huggingface_hub import ModelCard, ModelCardData
 
-from longspec_hf.published import PUBLISHED, UNVERIFIED, make_published_card
+from longspec_hf.published_cards import PUBLISHED_DRAFTS, UNVERIFIED, make_published_card
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 TAU = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_tau.csv"
 
 
-@pytest.mark.parametrize("draft", PUBLISHED, ids=lambda draft: draft.name)
+@pytest.mark.parametrize("draft", PUBLISHED_DRAFTS, ids=lambda draft: draft.name)
 def test_a_card_is_what_the_table_gives_and_valid(draft):
     path = CARDS / draft.name / "README.md"
     assert path.read_text(encoding="utf-8") == make_published_card(draft).content
@@ -33,16 +33,16 @@ def test_a_card_is_what_the_table_gives_and_valid(draft):
 
 
 def test_the_table_names_six_pairs_once():
-    assert len({draft.source for draft in PUBLISHED}) == len({draft.target for draft in PUBLISHED}) == 6
-    assert all(draft.source == f"sail/longspec-{draft.target.split('/')[1]}" for draft in PUBLISHED)
+    assert len({draft.source for draft in PUBLISHED_DRAFTS}) == len({draft.target for draft in PUBLISHED_DRAFTS}) == 6
+    assert all(draft.source == f"sail/longspec-{draft.target.split('/')[1]}" for draft in PUBLISHED_DRAFTS)
 
 
 def test_results_come_from_csv_files(tmp_path):
-    results, name = tmp_path / "results", PUBLISHED[0].name
+    results, name = tmp_path / "results", PUBLISHED_DRAFTS[0].name
     results.mkdir()
     (results / f"published_{name}_tau.csv").write_text(TAU.read_text())
     written = example("make_published_cards").main(["--folder", str(tmp_path), "--results", str(results)])
-    assert [path.parent.name for path in written] == [draft.name for draft in PUBLISHED]
+    assert [path.parent.name for path in written] == [draft.name for draft in PUBLISHED_DRAFTS]
     card = ModelCard.load(written[0])
     figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert figures["tau, beam"] == 2.95

@@ -37,7 +37,7 @@ class PublishedDraft:
         return self.source.split("/")[1]
 
 
-PUBLISHED = (
+PUBLISHED_DRAFTS = (
     PublishedDraft("sail/longspec-vicuna-7b-v1.5-16k", "lmsys/vicuna-7b-v1.5-16k"),
     PublishedDraft("sail/longspec-vicuna-13b-v1.5-16k", "lmsys/vicuna-13b-v1.5-16k"),
     PublishedDraft("sail/longspec-longchat-7b-v1.5-32k", "lmsys/longchat-7b-v1.5-32k"),
@@ -58,7 +58,7 @@ def make_published_card(draft: PublishedDraft, taus: Sequence[str | Path] = ()) 
     """The card of a converted draft.
 
     Args:
-        draft: one of `PUBLISHED`.
+        draft: one of `PUBLISHED_DRAFTS`.
         taus: CSV files of `examples/evaluate_tau.py measure` with this pair. Nothing else fills the results.
     """
     rows = [row for path in taus for row in read_rows(path)]
@@ -93,7 +93,7 @@ def _use(draft: PublishedDraft) -> str:
     return (
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM\n\nimport longspec_hf\n\n"
         f'name = "{draft.target}"\n'
-        'target = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", device_map="cuda")\n'
+        'target = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="cuda")\n'
         f'draft = longspec_hf.LongSpecDraftModel.from_pretrained("{draft.name}", dtype=target.dtype)\n'
         "target.generate(**inputs, assistant_model=draft.to(target.device))\n```"
     )
