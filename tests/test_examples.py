@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -111,8 +112,19 @@ def test_an_error_in_the_streams_thread_is_raised_in_the_loop(pair):
     wrong = replace(pair, draft=torch.nn.Linear(1, 1))
     inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
     config = pair.target.generation_config
-    with pytest.raises(Exception, match=r"Linear|config|assistant"):
-        list(module.stream(wrong, inputs, config))
+    raised = []
+
+    def consume():
+        try:
+            list(module.stream(wrong, inputs, config))
+        except Exception as error:
+            raised.append(error)
+
+    # In a thread that may be left behind: a loop that waits for ever must fail this test, not hang it.
+    thread = threading.Thread(target=consume, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert len(raised) == 1 and "Linear" in str(raised[0])
 
 
 def test_chat_ends_at_an_empty_line(monkeypatch, capsys):
