@@ -38,26 +38,7 @@ def make_model_card(
         base_model: Hub name of the target; by default the configuration's, where that is one.
     """
     target = base_model or config.target_name_or_path
-    results = [
-        EvalResult(
-            task_type=TASK,
-            dataset_type="held-out",
-            dataset_name=evaluation or "held-out texts",
-            metric_type="tau",
-            metric_name=f"tau, {name.replace('_', ' ')}",
-            metric_value=round(float(value), 3),
-        )
-        for name, value in (taus or {}).items()
-    ]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=TASK,
-        license=license,
-        base_model=target if _is_repo_name(target) else None,
-        tags=["longspec", "speculative-decoding", "draft-model"],
-        model_name=repo_name if results else None,
-        eval_results=results or None,
-    )
+    data = make_card_data(repo_name, target, license, taus, evaluation)
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_name}",
@@ -76,6 +57,36 @@ def make_model_card(
             markdown_table("Training", f"Trained with `LongSpecTrainer` of longspec-hf {__version__}.", training)
         )
     return ModelCard("\n\n".join(sections) + "\n")
+
+
+def make_card_data(
+    repo_name: str,
+    base_model: str | None,
+    license: str,
+    taus: Mapping[str, float] | None = None,
+    evaluation: str | None = None,
+) -> ModelCardData:
+    """The metadata of a draft's card; arguments as of [`make_model_card`]. A folder's path is no base model."""
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type="held-out",
+            dataset_name=evaluation or "held-out texts",
+            metric_type="tau",
+            metric_name=f"tau, {name.replace('_', ' ')}",
+            metric_value=round(float(value), 3),
+        )
+        for name, value in (taus or {}).items()
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=TASK,
+        license=license,
+        base_model=base_model if _is_repo_name(base_model) else None,
+        tags=["longspec", "speculative-decoding", "draft-model"],
+        model_name=repo_name if results else None,
+        eval_results=results or None,
+    )
 
 
 def save_model_card(folder: str | Path, card: ModelCard) -> Path:

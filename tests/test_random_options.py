@@ -5,7 +5,6 @@ Hundreds of examples in the usual run; `LONGSPEC_NIGHTLY=1` draws thousands.
 
 import os
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

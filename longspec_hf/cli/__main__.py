@@ -1,0 +1,7 @@
+"""`python -m longspec_hf.cli`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,152 @@
+"""A training run as a command line: from sources of text and a target to a draft with its card."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainerCallback
+
+from ..embedded import embedded_target_folder
+from ..modeling_longspec import LongSpecDraftModel
+from .arguments import LongSpecTrainingArguments
+from .collator import AnchorOffsetCollator
+from .data import PackedRows, load_token_rows, pack_texts, read_texts, rows_from_dataset
+from .heldout import load_texts
+from .tau import TauEvaluator
+from .trainer import LongSpecTrainer
+from .vocabulary import count_tokens, most_frequent_tokens, set_draft_vocabulary
+
+DESCRIPTION = "Train a LongSpec draft for a target; docs/training.md has the stages and what the options do."
+EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded target is called on the Hub
+STAGES = {"short": (1536, True), "long": (6144, False), "outputs": (6144, False)}  # row length, anchor offset
+
+
+@dataclass
+class ScriptArguments:
+    """What to train and on what."""
+
+    stage: str = field(default="short", metadata={"help": "short, long or outputs", "choices": list(STAGES)})
+    target: str = field(default="embedded", metadata={"help": "Model name, folder, or `embedded`."})
+    target_name: str | None = field(default=None, metadata={"help": "The target's name in the draft's configuration."})
+    target_dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
+    tokens: list[str] = field(
+        default_factory=list, metadata={"help": "Token arrays (.npy); `path*4` takes it 4 times."}
+    )
+    texts: list[str] = field(default_factory=list, metadata={"help": "Text files, folders or .jsonl."})
+    dataset: str | None = field(default=None, metadata={"help": "Hugging Face dataset (its train split)."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of a row; by default the stage's."})
+    anchor_offset: bool | None = field(
+        default=None, metadata={"help": "Anchor-offset positions; by default the stage's."}
+    )
+    draft: str | None = field(default=None, metadata={"help": "Draft to go on from; a fresh one without."})
+    draft_vocab_size: int | None = field(
+        default=None, metadata={"help": "Most frequent tokens a fresh draft proposes."}
+    )
+    intermediate_size: int | None = field(default=None, metadata={"help": "MLP size of a fresh draft."})
+    tau_texts: str | None = field(default=None, metadata={"help": "Held-out texts for tau."})
+    export: str | None = field(
+        default=None, metadata={"help": "Folder for a copy in the target's dtype, renewed at every save."}
+    )
+    compile_target: bool = field(default=False, metadata={"help": "Run the target through torch.compile."})
+
+
+def load_rows(args: ScriptArguments, tokenizer, length: int) -> Dataset:
+    """All training rows of the given sources."""
+    parts: list[Dataset] = []
+    for name in args.tokens:
+        path, _, times = name.partition("*")
+        parts += [load_token_rows(path, length)] * int(times or 1)
+    if args.texts:
+        parts.append(PackedRows(pack_texts(read_texts(args.texts, tokenizer), tokenizer), length))
+    if args.dataset:
+        from datasets import load_dataset
+
+        parts.append(rows_from_dataset(load_dataset(args.dataset, split="train"), tokenizer, length))
+    if not parts:
+        raise ValueError(
+            "`tokens`, `texts` and `dataset` are all empty, expected at least one source of training data."
+        )
+    return ConcatDataset(parts)
+
+
+def make_draft(args: ScriptArguments, target: PreTrainedModel, rows: Dataset) -> LongSpecDraftModel:
+    """The draft to train, in fp32."""
+    if args.draft:
+        return LongSpecDraftModel.from_pretrained(args.draft, dtype=torch.float32)
+    overrides = {"draft_vocab_size": args.draft_vocab_size, "intermediate_size": args.intermediate_size}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    draft = LongSpecDraftModel.from_target(target, **given).float()
+    if args.draft_vocab_size is not None:
+        sample = np.random.default_rng(0).permutation(len(rows))[:20_000]  # type: ignore[arg-type]
+        counts = count_tokens((rows[int(index)]["input_ids"] for index in sample), draft.config.vocab_size)
+        ends = target.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        chosen = most_frequent_tokens(counts, args.draft_vocab_size, always=ends)
+        set_draft_vocabulary(draft, chosen)
+        print(f"draft vocabulary covers {counts[chosen].sum() / counts.sum():.4f} of the training tokens")
+    return draft
+
+
+class ExportAtSave(TrainerCallback):
+    """Keeps a copy of the draft in the dtype it will run in: what a Hub repository holds."""
+
+    def __init__(self, folder: str, dtype: torch.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+
+    def on_save(self, args, state, control, model=None, **kwargs) -> None:
+        copy.deepcopy(model).to(self.dtype).save_pretrained(self.folder)
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> LongSpecTrainer:
+    """Train as the command line says, save draft, state and card, and return the trainer.
+
+    Args:
+        arguments: the command line; by default the process's.
+        prog: name of the command in its help.
+
+    Raises:
+        ValueError: an argument is out of range, or there is nothing to train on.
+    """
+    parser = HfArgumentParser((ScriptArguments, LongSpecTrainingArguments), prog=prog, description=DESCRIPTION)
+    args, training_args = parser.parse_args_into_dataclasses(arguments)
+    name = str(embedded_target_folder()) if args.target == "embedded" else args.target
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    length, anchor_offset = STAGES[args.stage]
+    length = args.length or length
+    anchor_offset = anchor_offset if args.anchor_offset is None else args.anchor_offset
+    rows = load_rows(args, tokenizer, length)
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.target_dtype))
+    draft = make_draft(args, target, rows)
+    draft.config.target_name_or_path = args.target_name or (
+        EMBEDDED_NAME if args.target == "embedded" else args.target
+    )
+    if args.compile_target:
+        target.model.compile(dynamic=False)
+    context = target.config.get_text_config(decoder=True).max_position_embeddings
+    trainer = LongSpecTrainer(
+        model=draft,
+        target_model=target,
+        args=training_args,
+        train_dataset=rows,
+        data_collator=AnchorOffsetCollator(
+            tokenizer.pad_token_id or 0, context if anchor_offset else None, seed=training_args.seed
+        ),
+        tau_evaluator=TauEvaluator(load_texts(args.tau_texts)) if args.tau_texts else None,
+    )
+    if args.export:
+        trainer.add_callback(ExportAtSave(args.export, target.dtype))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if args.export:
+        copy.deepcopy(draft).to(target.dtype).save_pretrained(args.export)
+    if trainer.tau_evaluator is not None:
+        trainer.evaluate()
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
