@@ -16,10 +16,10 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
-    StaticCache,
 )
 from transformers.generation import (
     GenerationConfig,
@@ -28,17 +28,21 @@ from transformers.generation import (
     PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
 )
+from transformers.pipelines import base as pipelines_base
 from transformers.utils import logging
 
 from .attention import TREE_KWARG, TreeAttention, tree_attention_forward
 from .attention_switch import AttentionSwitch
 from .cache import GROWTH_ROWS, LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
-from .decoding import Decoder, Prompts
+from .configuration_longspec import LongSpecDraftConfig
+from .decoding import Decoder
 from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_rope
 from .modeling_longspec import LongSpecDraftModel
+from .prompts import read_prompts
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
+from .takeover import hand_back, prepare_cache
 from .target import bind
 from .text import TextBuffer, TokenDrawer, pad_texts, stack_scores
 from .tree import TokenTree
@@ -58,7 +62,7 @@ _SWITCH = AttentionSwitch(
     read=lambda config: config._attn_implementation,
     write=lambda config, name: setattr(config, "_attn_implementation", name),
 )
-_ORIGINALS: dict[str, Callable] = {}
+_ORIGINALS: dict[tuple[Any, str], Callable] = {}
 
 
 def install() -> None:
@@ -67,21 +71,22 @@ def install() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, _attention_mask)
     if _ORIGINALS:
         return
-    for name, wrap in (
-        ("_assisted_decoding", _wrap_decoding),
-        ("_get_candidate_generator", _wrap_generator),
-        ("_validate_generation_mode", _wrap_validation),
+    for owner, name, wrap in (
+        (GenerationMixin, "_assisted_decoding", _wrap_decoding),
+        (GenerationMixin, "_get_candidate_generator", _wrap_generator),
+        (GenerationMixin, "_validate_generation_mode", _wrap_validation),
+        (pipelines_base, "load_assistant_model", _wrap_pipeline_loading),
     ):
-        _ORIGINALS[name] = getattr(GenerationMixin, name)
-        setattr(GenerationMixin, name, wrap(_ORIGINALS[name]))
+        _ORIGINALS[owner, name] = getattr(owner, name)
+        setattr(owner, name, wrap(_ORIGINALS[owner, name]))
 
 
 def uninstall() -> None:
     """Undo `install`."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(ATTENTION_NAME, None)
-    for name, original in _ORIGINALS.items():
-        setattr(GenerationMixin, name, original)
+    for (owner, name), original in _ORIGINALS.items():
+        setattr(owner, name, original)
     _ORIGINALS.clear()
 
 
@@ -137,6 +142,23 @@ def _wrap_validation(original: Callable) -> Callable:
     return _validate_generation_mode
 
 
+def _wrap_pipeline_loading(original: Callable) -> Callable:
+    """A pipeline looks for a named model's class in transformers, and for its tokenizer: a draft has neither."""
+
+    @functools.wraps(original)
+    def load_assistant_model(model: Any, assistant_model: Any, assistant_tokenizer: Any) -> Any:
+        if isinstance(assistant_model, str):
+            config = AutoConfig.from_pretrained(assistant_model)
+            if isinstance(config, LongSpecDraftConfig):
+                assistant_model = LongSpecDraftModel.from_pretrained(assistant_model, dtype=model.dtype)
+                assistant_model = assistant_model.to(model.device)
+        if isinstance(assistant_model, LongSpecDraftModel) and model.can_generate():
+            return assistant_model, None
+        return original(model, assistant_model, assistant_tokenizer)
+
+    return load_assistant_model
+
+
 def _longspec_decoding(
     draft: LongSpecDraftModel,
     target: PreTrainedModel,
@@ -154,7 +176,7 @@ def _longspec_decoding(
     """Stands in for `GenerationMixin._assisted_decoding`; the same arguments behind the draft, the same outputs."""
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
-    prompts = _read_prompts(input_ids, model_kwargs, draft.device)
+    prompts = read_prompts(input_ids, model_kwargs, draft.device)
     reason = (
         reason_of_config(generation_config, settings, synced_gpus)
         or reason_of_inputs(model_kwargs, CACHE_ARG, generation_config)
@@ -182,7 +204,7 @@ def _longspec_decoding(
     given: Cache = model_kwargs[CACHE_ARG]
     rows = max(prompts.positions.shape[1], given.get_seq_length() + input_ids.shape[1])
     needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + settings.max_nodes
-    cache = _prepare_cache(given, needed, rows + settings.max_nodes + GROWTH_ROWS)
+    cache = prepare_cache(given, needed, rows + settings.max_nodes + GROWTH_ROWS)
     model_kwargs[CACHE_ARG] = cache
     generator = LongSpecCandidateGenerator(draft, bound, settings, input_ids.shape[0])
     cache.draft_window = generator.window
@@ -201,7 +223,7 @@ def _longspec_decoding(
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):
-        _hand_back(cache, given)
+        hand_back(cache, given)
         cache = given
     sequences = pad_texts([drawer.text for drawer in drawers], generation_config._pad_token_tensor)
     if not generation_config.return_dict_in_generate:
@@ -343,47 +365,6 @@ def _of_row(processor: Any, row: int) -> Any:
         processor = copy.copy(processor)
         processor.prompt_ignore_length = ignored[row : row + 1]
     return processor
-
-
-def _read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], device: torch.device) -> Prompts:
-    """The prompts as drafting needs them; padding on the left is taken off."""
-    embeds = model_kwargs.get("inputs_embeds")
-    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    length = input_ids.shape[1] if embeds is None else embeds.shape[1]
-    if positions is None or positions.dim() != 2:
-        positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape[0], -1)
-    rows = input_ids.tolist()
-    starts = None
-    if mask is not None and bool((mask == 0).any()):
-        starts = (mask == 0).sum(dim=1)
-        shown = mask[:, mask.shape[1] - length :][:, length - input_ids.shape[1] :].tolist()
-        rows = [[token for token, seen in zip(*row, strict=True) if seen] for row in zip(rows, shown, strict=True)]
-        starts = starts.to(device=device, dtype=torch.int32)
-    return Prompts(rows, positions.expand(input_ids.shape[0], -1), embeds, starts)
-
-
-def _prepare_cache(given: Cache, needed: int, at_once: int) -> LongSpecCache:
-    """The call's cache: the given one if it is ours, else a new one with its rows."""
-    if isinstance(given, StaticCache):
-        cache = LongSpecCache()  # generate's own, still empty: ours is as static
-    else:
-        cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
-    cache.reserve(min(needed, at_once), limit=needed)
-    return cache
-
-
-def _hand_back(cache: LongSpecCache, given: Cache) -> None:
-    """Let the caller's cache hold the rows, as views: plain decoding would have written them there."""
-    for ours, theirs in zip(cache.layers, _layers_for(given, len(cache.layers)), strict=True):
-        if not theirs.is_initialized:
-            theirs.lazy_initialization(ours.keys, ours.values)
-        theirs.keys, theirs.values = ours.keys, ours.values
-
-
-def _layers_for(cache: Cache, count: int) -> list[Any]:
-    while len(cache.layers) < count:
-        cache.layers.append(cache.layer_class_to_replicate())
-    return cache.layers
 
 
 def _attention_forward(

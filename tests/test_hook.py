@@ -7,6 +7,7 @@ import torch
 from models import ScriptedDraft, learned, prompt, scripted, tiny_target
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
 from transformers.generation import GenerationMixin
+from transformers.pipelines import base as pipelines_base
 
 import longspec_hf
 from longspec_hf.hook import ATTENTION_NAME
@@ -23,14 +24,19 @@ def uninstalled():
 
 
 def test_uninstall_undoes_install(uninstalled):
-    decoding, generator = GenerationMixin._assisted_decoding, GenerationMixin._get_candidate_generator
+    owned = [
+        (GenerationMixin, "_assisted_decoding"),
+        (GenerationMixin, "_get_candidate_generator"),
+        (GenerationMixin, "_validate_generation_mode"),
+        (pipelines_base, "load_assistant_model"),
+    ]
+    originals = [getattr(owner, name) for owner, name in owned]
     assert ATTENTION_NAME not in AttentionInterface() and ATTENTION_NAME not in AttentionMaskInterface()
     longspec_hf.install()
     longspec_hf.install()  # twice is once
-    assert GenerationMixin._assisted_decoding is not decoding
+    assert all(getattr(owner, name) is not old for (owner, name), old in zip(owned, originals, strict=True))
     longspec_hf.uninstall()
-    assert GenerationMixin._assisted_decoding is decoding
-    assert GenerationMixin._get_candidate_generator is generator
+    assert all(getattr(owner, name) is old for (owner, name), old in zip(owned, originals, strict=True))
 
 
 def test_other_assistants_reach_transformers(target):
