@@ -38,6 +38,7 @@ from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
 from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_rope
+from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
 from .prompts import read_prompts
 from .settings import resolve_tree_settings
@@ -206,7 +207,7 @@ def _longspec_decoding(
     needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + settings.max_nodes
     cache = prepare_cache(given, needed, rows + settings.max_nodes + GROWTH_ROWS)
     model_kwargs[CACHE_ARG] = cache
-    generator = LongSpecCandidateGenerator(draft, bound, settings, input_ids.shape[0])
+    generator = LongSpecCandidateGenerator(few_rows_view(draft), bound, settings, input_ids.shape[0])
     cache.draft_window = generator.window
     drawers = [
         TokenDrawer(
@@ -281,6 +282,7 @@ class _Runner:
         self.starts = starts
         self.text_config = target.config.get_text_config(decoder=True)
         self.static_shapes = _is_compiled(target)
+        self.verifier = target if self.static_shapes else few_rows_view(target)
         wanted = generation_config.return_dict_in_generate and generation_config.output_hidden_states
         self.hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = () if wanted else None
         self._asked = {"output_hidden_states": True} if wanted else {}
@@ -317,7 +319,7 @@ class _Runner:
         placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         with self.cache.tree(sequences, nodes) as lengths, _SWITCH.pointed(self.text_config):
             starts = None if self.starts is None else self.starts[:sequences]
-            outputs = self.target(
+            outputs = self.verifier(
                 input_ids=tree.token_ids,
                 position_ids=root_positions + tree.depths,
                 attention_mask=placeholder,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .configuration_longspec import LongSpecDraftConfig
+from .few_rows_linear import linear
 from .modeling_longspec import LongSpecDraftModel
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -47,7 +47,7 @@ class BoundTarget:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores `[..., proposable tokens]` of the layer's output `[..., hidden]`, in fp32 (fp64 stays fp64)."""
         hidden = hidden if self.norm is None else self.norm(hidden)
-        logits = F.linear(hidden, self.head_weight, self.head_bias)
+        logits = linear(hidden, self.head_weight, self.head_bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
