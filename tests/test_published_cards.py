@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from longspec_hf.published_cards import PUBLISHED_DRAFTS, UNVERIFIED, make_published_card
 
 CARDS = Path(__file__).parent.parent / "model_cards"
-TAU = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_tau.csv"
+TAU = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_tau_272m.csv"
 
 
 @pytest.mark.parametrize("draft", PUBLISHED_DRAFTS, ids=lambda draft: draft.name)
