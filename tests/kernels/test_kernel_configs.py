@@ -66,6 +66,7 @@ def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(r
     tile = choose_tile(rows, 128, torch.bfloat16, DEVICES["H100"])
     options = choose_launch(tile, splits)
     assert options.early_splits == (rows <= 128) == (tile.programs_per_sm == 1)
+    assert options.reduction_warps == (2 if splits <= 16 else 4)
     for head_dim in (64, 128, 256):
         values = reduction_chunk(splits) * head_dim // (32 * options.reduction_warps)
         assert values <= 128, "half of a thread's registers"
