@@ -17,10 +17,12 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     Cache,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
@@ -32,10 +34,11 @@ from transformers.utils import logging
 
 from .attention import TREE_KWARG, TreeAttention, tree_attention_forward
 from .attention_switch import AttentionSwitch
-from .cache import GROWTH_ROWS, LongSpecCache
+from .cache import LongSpecCache
+from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
 from .decoding import Decoder, Prompts
-from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_rope
+from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_layers, reason_of_rope
 from .modeling_longspec import LongSpecDraftModel
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
@@ -155,12 +158,12 @@ def _longspec_decoding(
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
     prompts = _read_prompts(input_ids, model_kwargs, draft.device)
+    text_config = target.config.get_text_config(decoder=True)
     reason = (
         reason_of_config(generation_config, settings, synced_gpus)
+        or reason_of_layers(text_config)
         or reason_of_inputs(model_kwargs, CACHE_ARG, generation_config)
-        or reason_of_rope(
-            target.config.get_text_config(decoder=True), prompts.positions.shape[1], generation_config.max_length
-        )
+        or reason_of_rope(text_config, prompts.positions.shape[1], generation_config.max_length)
     )
     if input_ids.shape[0] > 1:
         reason = reason or reason_of_batch(
@@ -182,7 +185,8 @@ def _longspec_decoding(
     given: Cache = model_kwargs[CACHE_ARG]
     rows = max(prompts.positions.shape[1], given.get_seq_length() + input_ids.shape[1])
     needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + settings.max_nodes
-    cache = _prepare_cache(given, needed, rows + settings.max_nodes + GROWTH_ROWS)
+    cache = _prepare_cache(target, given, needed, rows + settings.max_nodes + GROWTH_ROWS)
+    cache.may_step_back = settings.recheck_near_ties
     model_kwargs[CACHE_ARG] = cache
     generator = LongSpecCandidateGenerator(draft, bound, settings, input_ids.shape[0])
     cache.draft_window = generator.window
@@ -295,13 +299,17 @@ class _Runner:
         placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         with self.cache.tree(sequences, nodes) as lengths, _SWITCH.pointed(self.text_config):
             starts = None if self.starts is None else self.starts[:sequences]
+            dropped = [layer.dropped_rows(sequences) for layer in self.cache.layers]
             outputs = self.target(
                 input_ids=tree.token_ids,
                 position_ids=root_positions + tree.depths,
                 attention_mask=placeholder,
                 use_cache=True,
                 return_dict=True,
-                **{CACHE_ARG: self.cache, TREE_KWARG: TreeAttention.of(tree, lengths.to(device), starts)},
+                **{
+                    CACHE_ARG: self.cache,
+                    TREE_KWARG: TreeAttention.per_layer(tree, lengths.to(device), starts, dropped),
+                },
                 **self._asked,
             )
         self._last_states = outputs.get("hidden_states") or ()
@@ -350,7 +358,9 @@ def _read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], dev
     embeds = model_kwargs.get("inputs_embeds")
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     length = input_ids.shape[1] if embeds is None else embeds.shape[1]
-    if positions is None or positions.dim() != 2:
+    if positions is not None and positions.dim() == 3:
+        positions = positions[0]  # without images all axes are the same
+    if positions is None:
         positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape[0], -1)
     rows = input_ids.tolist()
     starts = None
@@ -362,12 +372,12 @@ def _read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], dev
     return Prompts(rows, positions.expand(input_ids.shape[0], -1), embeds, starts)
 
 
-def _prepare_cache(given: Cache, needed: int, at_once: int) -> LongSpecCache:
+def _prepare_cache(target: PreTrainedModel, given: Cache, needed: int, at_once: int) -> LongSpecCache:
     """The call's cache: the given one if it is ours, else a new one with its rows."""
     if isinstance(given, StaticCache):
-        cache = LongSpecCache()  # generate's own, still empty: ours is as static
-    else:
-        cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
+        given = DynamicCache(config=target.config)  # generate's own is still empty, and ours is as static
+    cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
+    cache.remember()
     cache.reserve(min(needed, at_once), limit=needed)
     return cache
 
@@ -377,7 +387,11 @@ def _hand_back(cache: LongSpecCache, given: Cache) -> None:
     for ours, theirs in zip(cache.layers, _layers_for(given, len(cache.layers)), strict=True):
         if not theirs.is_initialized:
             theirs.lazy_initialization(ours.keys, ours.values)
-        theirs.keys, theirs.values = ours.keys, ours.values
+        rows = slice(None)
+        if isinstance(theirs, DynamicSlidingWindowLayer):
+            rows = slice(max(ours.keys.shape[2] - theirs.sliding_window + 1, 0), None)
+            theirs.cumulative_length = ours.length
+        theirs.keys, theirs.values = ours.keys[:, :, rows], ours.values[:, :, rows]
 
 
 def _layers_for(cache: Cache, count: int) -> list[Any]:
@@ -395,10 +409,13 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The "longspec" attention function: over a tree where the call brings one, else the one the user chose."""
-    if (tree := kwargs.pop(TREE_KWARG, None)) is not None:
-        taken = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
-        return tree_attention_forward(query, key, value, tree, **taken), None
+    trees = kwargs.pop(TREE_KWARG, None)
     chosen = _SWITCH.chosen(module.config)
+    if trees is not None:
+        taken = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
+        if chosen == "sdpa":
+            taken["softcap"] = None  # ignored by transformers 5.17, refused by 5.24 (at the prefill already)
+        return tree_attention_forward(query, key, value, trees[module.layer_idx], **taken), None
     if chosen == "eager":
         # Every model has its own eager function, in its own file, under this name.
         forward = sys.modules[type(module).__module__].eager_attention_forward
