@@ -21,9 +21,10 @@ TAKEN_OVER = (DynamicLayer, DynamicSlidingWindowLayer, LongSpecLayer, WindowLaye
 class LongSpecCache(Cache):
     """Cache of a target that is decoded with a LongSpec draft.
 
-    Layers with a sliding window hold little more than the window, the others every row. Behaves like a `DynamicCache`, so it can be passed on to the next `generate` call or `forward`. Between
-    `begin_rounds` and `end_rounds` the sequences of a batch have lengths of their own, and the rows of a round's tree
-    lie behind them, uncommitted.
+    Layers with a sliding window hold little more than the window, the others every row. Behaves like a
+    `DynamicCache`, so it can be passed on to the next `generate` call or `forward`. Between `begin_rounds` and
+    `end_rounds` the sequences of a batch have lengths of their own, and the rows of a round's tree lie behind them,
+    uncommitted.
 
     Attributes:
         draft_window: the draft's own constant-size K/V, `None` before the first round.

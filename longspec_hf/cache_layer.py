@@ -179,8 +179,8 @@ class LongSpecLayer(DynamicLayer):
         """
         if not -self.length <= tokens_to_remove <= 0:
             raise ValueError(
-                f"`tokens_to_remove` must be a negative count of at most {self.length} tokens (the cache's length), got "
-                f"{tokens_to_remove}. `crop(-n)` removes the last n tokens."
+                f"`tokens_to_remove` must be a negative count of at most {self.length} tokens (the cache's length), "
+                f"got {tokens_to_remove}. `crop(-n)` removes the last n tokens."
             )
         return self.length + tokens_to_remove
 

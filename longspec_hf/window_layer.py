@@ -16,8 +16,8 @@ SLACK_ROWS = 256
 class WindowLayer(LongSpecLayer):
     """Rows of one target layer whose queries see `window` keys, their own included.
 
-    The rows lie in order, as in [`LongSpecLayer`]. When the buffer is full, the last `window - 1` move to its front and
-    the others are dropped, so a buffer holds about a window and a tree whatever the length of the text. Forwards
+    The rows lie in order, as in [`LongSpecLayer`]. When the buffer is full, the last `window - 1` move to its front
+    and the others are dropped, so a buffer holds about a window and a tree whatever the length of the text. Forwards
     outside of rounds see what transformers' `DynamicSlidingWindowLayer` would show them.
 
     Attributes:
