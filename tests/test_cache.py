@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import ScriptedDraft, learned, prompt, scripted, tiny_target
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from longspec_hf import LongSpecCache, LongSpecCandidateGenerator
 from longspec_hf.hook import CACHE_ARG
@@ -184,29 +184,25 @@ def test_an_error_leaves_the_cache_as_it_was(target):
     assert torch.equal(cache.layers[0].keys, rows)
 
 
-def test_a_cache_that_has_forgotten_rows_is_left_to_plain():
+def test_a_cache_whose_windows_have_dropped_rows_is_taken_over():
     model = tiny_target("mistral")
     ids = prompt(20)
     with torch.no_grad():
         cache = model(ids, use_cache=True)[CACHE_ARG]
     longer = torch.cat([ids, prompt(4)], dim=1)
-    plain = model.generate(longer, max_new_tokens=8, do_sample=False, **{CACHE_ARG: copy.deepcopy(cache)})
-    out = model.generate(
-        longer,
-        max_new_tokens=8,
-        do_sample=False,
-        assistant_model=learned(model),
-        return_dict_in_generate=True,
-        **{CACHE_ARG: cache},
-    )
-    assert torch.equal(plain, out.sequences)
-    assert "every row" in out.speculation_stats.fallback_reason
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    plain = model.generate(longer, **kwargs, **{CACHE_ARG: (plain_cache := copy.deepcopy(cache))})
+    out = model.generate(longer, assistant_model=learned(model), **kwargs, **{CACHE_ARG: cache})
+    assert torch.equal(plain.sequences, out.sequences)
+    assert out.speculation_stats.fallback_reason is None
+    for ours, theirs in zip(cache.layers, plain_cache.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == 31
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=TOLERANCE, rtol=0)
 
 
-def test_take_over_refuses_what_it_cannot_keep():
-    model = tiny_target("mistral")
-    cache = model(prompt(20), use_cache=True)[CACHE_ARG]
-    with pytest.raises(ValueError, match="`cache` must keep every row"):
+def test_take_over_refuses_what_it_cannot_keep(target):
+    cache = StaticCache(config=target.config, max_cache_len=16)
+    with pytest.raises(ValueError, match="`cache` must hold the keys and values"):
         LongSpecCache.take_over(cache)
 
 
