@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +12,15 @@ from longspec_hf_kernels import hybrid_tree_attention
 from .tree import TokenTree
 
 TREE_KWARG = "longspec_tree"
-"""Keyword that carries the tree's [`TreeAttention`] through the target's forward to its attention layers."""
+"""Keyword that carries each layer's [`TreeAttention`] through the target's forward to its attention layers."""
 
 
 @dataclass(frozen=True)
 class TreeAttention:
-    """What the attention of one verification needs; built once a round, shared by all layers.
+    """What the attention of one verification needs; built once a round, shared by all layers of a kind.
 
     Attributes:
-        prefix_lens: `[B]` int32, cache rows of the committed tokens.
+        prefix_lens: `[B]` int32, rows of the committed tokens in the layers' buffers.
         ancestor_bits: `[B, T, words]` from [`TokenTree.ancestor_bits`].
         depths: `[B, T]`.
         starts: `[B]` int32 first row that is not padding, or `None`.
@@ -33,9 +34,28 @@ class TreeAttention:
     shared: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tree: TokenTree, prefix_lens: torch.Tensor, starts: torch.Tensor | None) -> TreeAttention:
-        """Metadata of trees whose rows follow `prefix_lens` (int32 `[B]`) committed ones."""
-        return cls(prefix_lens, tree.ancestor_bits(), tree.depths, starts)
+    def per_layer(
+        cls,
+        tree: TokenTree,
+        prefix_lens: torch.Tensor,
+        starts: torch.Tensor | None,
+        dropped: Sequence[tuple[int, ...] | None],
+    ) -> list[TreeAttention]:
+        """Metadata of trees whose rows follow `prefix_lens` (int32 `[B]`) committed ones, for every layer.
+
+        Args:
+            tree: the trees.
+            prefix_lens, starts: of the texts.
+            dropped: per layer, rows of each text that its buffers no longer hold; `None` for no layer of that kind.
+        """
+        bits = tree.ancestor_bits()
+        kinds: dict[tuple[int, ...] | None, TreeAttention] = {}
+        for offsets in dropped:
+            if offsets not in kinds:
+                gone = torch.tensor(offsets or 0, dtype=torch.int32, device=prefix_lens.device)
+                first = None if starts is None else (starts - gone).clamp(min=0)
+                kinds[offsets] = cls(prefix_lens - gone, bits, tree.depths, first)
+        return [kinds[offsets] for offsets in dropped]
 
 
 def tree_attention_forward(

@@ -286,8 +286,9 @@ class _Context:
 
     Attributes:
         keys, values: `[b, Hkv, rows, D]` of the target layer, read in place.
-        lengths: int32 `[b]`, the rows committed.
-        starts: int32 `[b]`, first row that is not padding, or `None`.
+        lengths: int32 `[b]`, where the committed rows end.
+        starts: int32 `[b]`, first row that is not padding and, in a layer with a window, that it still sees; `None`
+            for all of them.
         root_positions, last_positions: `[b, 1]` position of the root, and the last one a node may have.
     """
 
@@ -311,13 +312,15 @@ class _Context:
         layer: Any = cache.layers[layer_idx]
         if isinstance(cache, LongSpecCache):
             keys, values = layer.buffers(count)
-            lengths = cache.row_lengths[:count]
+            lengths = torch.tensor(cache.row_lengths[:count], dtype=torch.int32, device=root_positions.device)
+            lengths, starts = layer.visible_rows(lengths, starts)
         else:
-            keys, values, lengths = layer.keys, layer.values, [layer.get_seq_length()]
+            keys, values = layer.keys, layer.values
+            lengths = torch.tensor([keys.shape[2]], dtype=torch.int32, device=root_positions.device)
         return cls(
             keys,
             values,
-            torch.tensor(lengths, dtype=torch.int32, device=root_positions.device),
+            lengths,
             starts,
             root_positions,
             root_positions + limits,

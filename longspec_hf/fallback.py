@@ -68,6 +68,9 @@ ROW_WISE = (
 """Processors and criteria that treat every sequence by itself: those of a batch may get ahead of one another."""
 
 
+TREE_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
 def reason_of_config(config: GenerationConfig, settings: TreeSettings, synced_gpus: bool) -> str | None:
     """What in the configuration asks for plain decoding, or `None`."""
     if config.return_dict_in_generate and config.output_attentions:
@@ -91,13 +94,20 @@ def reason_of_inputs(model_kwargs: dict[str, Any], cache_argument: str, config: 
     elif not isinstance(cache, LongSpecCache) and (type(cache) is not DynamicCache or cache.offloading):
         return f"the cache is a {'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__}"
     elif not LongSpecCache.can_take_over(cache):
-        return "the given cache does not keep every row"
+        return "the cache has layers that hold something else than keys and values"
     mask = model_kwargs.get("attention_mask")
     if mask is not None and (mask.dim() != 2 or bool((mask[:, 1:] < mask[:, :-1]).any())):
         return "`attention_mask` has zeros behind ones"
-    if (positions := model_kwargs.get("position_ids")) is not None and positions.dim() != 2:
-        return "`position_ids` has several axes"
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 3 and bool((positions != positions[:1]).any()):
+        return "`position_ids` differ from axis to axis, as they do with images"
     return None
+
+
+def reason_of_layers(config: PreTrainedConfig) -> str | None:
+    """Which layers of the target cannot verify a token tree, or `None`."""
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - TREE_LAYER_TYPES)
+    return f"the target has layers of type {', '.join(others)}, which take no token tree" if others else None
 
 
 def reason_of_rope(config: PreTrainedConfig, prompt_length: int, max_length: int) -> str | None:

@@ -33,18 +33,19 @@ from transformers.utils import logging
 
 from .attention import TREE_KWARG, TreeAttention, tree_attention_forward
 from .attention_switch import AttentionSwitch
-from .cache import GROWTH_ROWS, LongSpecCache
+from .cache import LongSpecCache
+from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
-from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_rope
+from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_layers, reason_of_rope
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
 from .prompts import read_prompts
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
 from .takeover import hand_back, prepare_cache
-from .target import bind
+from .target import bind, is_compiled
 from .text import TextBuffer, TokenDrawer, pad_texts, stack_scores
 from .tree import TokenTree
 
@@ -178,12 +179,12 @@ def _longspec_decoding(
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
     prompts = read_prompts(input_ids, model_kwargs, draft.device)
+    text_config = target.config.get_text_config(decoder=True)
     reason = (
         reason_of_config(generation_config, settings, synced_gpus)
+        or reason_of_layers(text_config)
         or reason_of_inputs(model_kwargs, CACHE_ARG, generation_config)
-        or reason_of_rope(
-            target.config.get_text_config(decoder=True), prompts.positions.shape[1], generation_config.max_length
-        )
+        or reason_of_rope(text_config, prompts.positions.shape[1], generation_config.max_length)
     )
     if input_ids.shape[0] > 1:
         reason = reason or reason_of_batch(
@@ -205,7 +206,8 @@ def _longspec_decoding(
     given: Cache = model_kwargs[CACHE_ARG]
     rows = max(prompts.positions.shape[1], given.get_seq_length() + input_ids.shape[1])
     needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + settings.max_nodes
-    cache = prepare_cache(given, needed, rows + settings.max_nodes + GROWTH_ROWS)
+    cache = prepare_cache(target, given, needed, rows + settings.max_nodes + GROWTH_ROWS)
+    cache.may_step_back = settings.recheck_near_ties
     model_kwargs[CACHE_ARG] = cache
     generator = LongSpecCandidateGenerator(few_rows_view(draft), bound, settings, input_ids.shape[0])
     cache.draft_window = generator.window
@@ -281,7 +283,7 @@ class _Runner:
         self.cache = cache
         self.starts = starts
         self.text_config = target.config.get_text_config(decoder=True)
-        self.static_shapes = _is_compiled(target)
+        self.static_shapes = is_compiled(target)
         self.verifier = target if self.static_shapes else few_rows_view(target)
         wanted = generation_config.return_dict_in_generate and generation_config.output_hidden_states
         self.hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = () if wanted else None
@@ -319,13 +321,17 @@ class _Runner:
         placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         with self.cache.tree(sequences, nodes) as lengths, _SWITCH.pointed(self.text_config):
             starts = None if self.starts is None else self.starts[:sequences]
+            dropped = [layer.dropped_rows(sequences) for layer in self.cache.layers]
             outputs = self.verifier(
                 input_ids=tree.token_ids,
                 position_ids=root_positions + tree.depths,
                 attention_mask=placeholder,
                 use_cache=True,
                 return_dict=True,
-                **{CACHE_ARG: self.cache, TREE_KWARG: TreeAttention.of(tree, lengths.to(device), starts)},
+                **{
+                    CACHE_ARG: self.cache,
+                    TREE_KWARG: TreeAttention.per_layer(tree, lengths.to(device), starts, dropped),
+                },
                 **self._asked,
             )
         self._last_states = outputs.get("hidden_states") or ()
@@ -341,17 +347,6 @@ class _Runner:
         if self.starts is not None:
             self.starts = self.starts.clone()
             self.starts[[one, other]] = self.starts[[other, one]]
-
-
-def _is_compiled(target: PreTrainedModel) -> bool:
-    """Whether `torch.compile` stands before the target's forward or its decoder's."""
-    modules = (target, target.get_decoder())
-    return any(
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or module._compiled_call_impl is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in modules
-    )
 
 
 def _processors_of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
@@ -378,9 +373,12 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The "longspec" attention function: over a tree where the call brings one, else the one the user chose."""
-    if (tree := kwargs.pop(TREE_KWARG, None)) is not None:
+    trees = kwargs.pop(TREE_KWARG, None)
+    if trees is not None:
         taken = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
-        return tree_attention_forward(query, key, value, tree, **taken), None
+        if taken["softcap"] is not None and _SWITCH.chosen(module.config) == "sdpa":
+            taken["softcap"] = None  # ignored by transformers 5.17, refused by 5.24 (at the prefill already)
+        return tree_attention_forward(query, key, value, trees[module.layer_idx], **taken), None
     chosen = _SWITCH.chosen(module.config)
     if chosen == "eager":
         # Every model has its own eager function, in its own file, under this name.

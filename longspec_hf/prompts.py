@@ -30,7 +30,9 @@ def read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], devi
     embeds = model_kwargs.get("inputs_embeds")
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     length = input_ids.shape[1] if embeds is None else embeds.shape[1]
-    if positions is None or positions.dim() != 2:
+    if positions is not None and positions.dim() == 3:
+        positions = positions[0]  # without images all axes are the same
+    if positions is None:
         positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape[0], -1)
     rows = input_ids.tolist()
     starts = None

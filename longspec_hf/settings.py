@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,3 +87,24 @@ def _untouched(name: str, draft: LongSpecDraftModel, value: Any) -> bool:
     """Whether neither the call nor the draft says anything else than the general default."""
     default = getattr(LongSpecDraftConfig, name)
     return value is None and getattr(draft.config, name) == (list(DEFAULT_TREE_SHAPE) if default is None else default)
+
+
+def with_tree_settings(generation_config: GenerationConfig, **settings: Any) -> GenerationConfig:
+    """A copy of a generation configuration with tree settings for one call.
+
+    `GenerationConfig(**fields)` silently drops names it does not know where the fields are a model's own
+    (`_from_model_config`); this does not.
+
+    Args:
+        generation_config: such as `target.generation_config`. It is not changed.
+        settings: of `TREE_SETTINGS`; see [`LongSpecDraftConfig`].
+
+    Raises:
+        ValueError: a name is no tree setting. Values are checked by the call.
+    """
+    if unknown := sorted(set(settings) - set(TREE_SETTINGS)):
+        raise ValueError(f"`{unknown[0]}` is no tree setting, expected one of {', '.join(TREE_SETTINGS)}.")
+    config = copy.deepcopy(generation_config)
+    for name, value in settings.items():
+        setattr(config, name, list(value) if name == "tree_shape" else value)
+    return config

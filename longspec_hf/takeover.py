@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Cache, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .cache import LongSpecCache
 
 
-def prepare_cache(given: Cache, needed: int, at_once: int) -> LongSpecCache:
+def prepare_cache(target: PreTrainedModel, given: Cache, needed: int, at_once: int) -> LongSpecCache:
     """The call's cache: the given one if it is ours, else a new one with its rows."""
     if isinstance(given, StaticCache):
-        cache = LongSpecCache()  # generate's own, still empty: ours is as static
-    else:
-        cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
+        given = DynamicCache(config=target.config)  # generate's own is still empty, and ours is as static
+    cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
+    cache.remember()
     cache.reserve(min(needed, at_once), limit=needed)
     return cache
 
@@ -24,7 +25,11 @@ def hand_back(cache: LongSpecCache, given: Cache) -> None:
     for ours, theirs in zip(cache.layers, _layers_for(given, len(cache.layers)), strict=True):
         if not theirs.is_initialized:
             theirs.lazy_initialization(ours.keys, ours.values)
-        theirs.keys, theirs.values = ours.keys, ours.values
+        rows = slice(None)
+        if isinstance(theirs, DynamicSlidingWindowLayer):
+            rows = slice(max(ours.keys.shape[2] - theirs.sliding_window + 1, 0), None)
+            theirs.cumulative_length = ours.length
+        theirs.keys, theirs.values = ours.keys[:, :, rows], ours.values[:, :, rows]
 
 
 def _layers_for(cache: Cache, count: int) -> list[Any]:

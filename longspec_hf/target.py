@@ -132,6 +132,17 @@ def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
     return draft_config.target_layer_idx % count
 
 
+def is_compiled(target: PreTrainedModel) -> bool:
+    """Whether `torch.compile` stands before the target's forward or its decoder's."""
+    modules = (target, target.get_decoder())
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in modules
+    )
+
+
 def _final_norm(decoder: nn.Module) -> nn.Module:
     for name in FINAL_NORM_NAMES:
         if isinstance(norm := getattr(decoder, name, None), nn.Module):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from longspec_hf import LongSpecDraftConfig, LongSpecDraftModel
@@ -33,15 +37,41 @@ SIZES = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-# Windows that a test prompt passes several times over.
+WINDOW = 8  # test prompts pass it several times over
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts_per_tok": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MULTI_AXIS_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+
+
+def vision_language_config(**fields) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL around a language model of these sizes."""
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    config = Qwen2_5_VLConfig(text_config=fields, vision_config=vision, **tokens)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return config
+
+
 FAMILIES = {
     "llama": (LlamaConfig, {}),
+    "llama3": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
-    "mistral": (MistralConfig, {"sliding_window": 8}),
-    "gemma2": (Gemma2Config, {"sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
-    "gemma3": (Gemma3TextConfig, {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-    "phi3": (Phi3Config, {}),
+    "qwen3_moe": (Qwen3MoeConfig, {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32}),
+    "mistral": (MistralConfig, {"sliding_window": WINDOW}),
+    "gemma2": (Gemma2Config, {**ALTERNATING, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}),
+    "gemma3": (Gemma3TextConfig, ALTERNATING),
+    "phi3": (Phi3Config, {"sliding_window": WINDOW}),
+    "gpt_oss": (GptOssConfig, {**EXPERTS, **ALTERNATING, "num_local_experts": 4}),
+    "qwen2_5_vl": (vision_language_config, {"rope_parameters": MULTI_AXIS_ROPE}),
 }
 
 
@@ -49,11 +79,13 @@ def tiny_target(
     family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
 ) -> PreTrainedModel:
     """A random target of about 20 000 parameters; overrides go to its configuration."""
-    config_class, extra = FAMILIES[family]
+    make_config, extra = FAMILIES[family]
     attention = overrides.pop("attn_implementation", None)
-    config = config_class(**{**SIZES, **extra, **overrides})
+    config = make_config(**{**SIZES, **extra, **overrides})
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:

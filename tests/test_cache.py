@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from models import ScriptedDraft, learned, prompt, scripted, tiny_target
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from longspec_hf import LongSpecCache
+from longspec_hf import LongSpecCache, LongSpecCandidateGenerator
 from longspec_hf.hook import CACHE_ARG
 
 TOLERANCE = 1e-4  # fp32 keys of size 5, computed for another number of rows
@@ -184,33 +184,29 @@ def test_an_error_leaves_the_cache_as_it_was(target):
     assert torch.equal(cache.layers[0].keys, rows)
 
 
-def test_a_cache_that_has_forgotten_rows_is_left_to_plain():
+def test_a_cache_whose_windows_have_dropped_rows_is_taken_over():
     model = tiny_target("mistral")
     ids = prompt(20)
     with torch.no_grad():
         cache = model(ids, use_cache=True)[CACHE_ARG]
     longer = torch.cat([ids, prompt(4)], dim=1)
-    plain = model.generate(longer, max_new_tokens=8, do_sample=False, **{CACHE_ARG: copy.deepcopy(cache)})
-    out = model.generate(
-        longer,
-        max_new_tokens=8,
-        do_sample=False,
-        assistant_model=learned(model),
-        return_dict_in_generate=True,
-        **{CACHE_ARG: cache},
-    )
-    assert torch.equal(plain, out.sequences)
-    assert "every row" in out.speculation_stats.fallback_reason
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    plain = model.generate(longer, **kwargs, **{CACHE_ARG: (plain_cache := copy.deepcopy(cache))})
+    out = model.generate(longer, assistant_model=learned(model), **kwargs, **{CACHE_ARG: cache})
+    assert torch.equal(plain.sequences, out.sequences)
+    assert out.speculation_stats.fallback_reason is None
+    for ours, theirs in zip(cache.layers, plain_cache.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == 31
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=TOLERANCE, rtol=0)
 
 
-def test_take_over_refuses_what_it_cannot_keep():
-    model = tiny_target("mistral")
-    cache = model(prompt(20), use_cache=True)[CACHE_ARG]
-    with pytest.raises(ValueError, match="`cache` must keep every row"):
+def test_take_over_refuses_what_it_cannot_keep(target):
+    cache = StaticCache(config=target.config, max_cache_len=16)
+    with pytest.raises(ValueError, match="`cache` must hold the keys and values"):
         LongSpecCache.take_over(cache)
 
 
-def test_left_padding(target):
+def test_left_padding(target):  # C48
     ids = prompt(12)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], dim=1)
@@ -218,3 +214,27 @@ def test_left_padding(target):
     for draft in (learned(target), ScriptedDraft(target, plain, "oracle")):
         out = target.generate(padded, attention_mask=mask, max_new_tokens=30, do_sample=False, assistant_model=draft)
         assert torch.equal(out[:, 4:], plain)
+
+
+def test_the_draft_does_not_see_padding(target, monkeypatch):  # C48
+    """Its trees are those of the prompt alone, whatever fills the front."""
+    ids = prompt(12)
+    seen = []
+    original = LongSpecCandidateGenerator.propose
+
+    def propose(self, *args, **kwargs):
+        tree = original(self, *args, **kwargs)
+        seen[-1].append((tree.token_ids.tolist(), tree.parents.tolist()))
+        return tree
+
+    monkeypatch.setattr(LongSpecCandidateGenerator, "propose", propose)
+    draft = learned(target, ngram_branch_length=3)
+    for filling in (None, 0, 7, 63):
+        seen.append([])
+        row, mask = ids, torch.ones_like(ids)
+        if filling is not None:
+            row = torch.nn.functional.pad(ids, (4, 0), value=filling)
+            mask = torch.nn.functional.pad(mask, (4, 0))
+        target.generate(row, attention_mask=mask, max_new_tokens=20, do_sample=False, assistant_model=draft)
+    assert len(seen[0]) > 5
+    assert all(trees == seen[0] for trees in seen)
