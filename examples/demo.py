@@ -1,31 +1,40 @@
-"""Plain decoding, prompt lookup and LongSpec side by side, on a real model and a long real document.
+"""Plain decoding, prompt lookup and LongSpec side by side, on a real model and long real documents.
 
     python examples/demo.py
-    python examples/demo.py --prompt-tokens 6000 --new-tokens 256 --sample
+    python examples/demo.py --documents 3 --prompt-tokens 6000 --new-tokens 256
+    python examples/demo.py --sample
 
-The target is SmolLM2-135M-Instruct; the document is the source of a package the shipped draft was not trained on.
+The target is SmolLM2-135M-Instruct; the documents are source files of packages the shipped draft was not trained on.
+A small model often falls into a loop, which is easy to draft. The documents were chosen because its greedy text of
+them does not loop, and for nothing else; the table says how much of each text repeats itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2.environment
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from longspec_hf import LongSpecDraftModel, SpeculationStats
 from longspec_hf.embedded import load_embedded_target
+from longspec_hf.training.tau import LOOP_SHARE, repeated_share
 
 SHIPPED_DRAFT = Path(__file__).parent.parent / "model_cards" / "longspec-smollm2-135m-instruct"
-# On a CPU a forward over many tokens costs far more than one over a single token, so the tree is a short chain.
-CPU_TREE = {"tree_shape": [1, 1, 1], "ngram_branch_length": 3}
-QUESTION = "Explain what this Python code does, function by function, in plain words.\n\n```python\n{code}\n```"
+EXPLAIN = "Explain in detail what the following code does and how its parts work together.\n\n{code}"
+DOCUMENTS = [
+    ("jinja2.loaders", EXPLAIN),
+    ("networkx.algorithms.connectivity.disjoint_paths", None),
+    ("networkx.classes.multidigraph", EXPLAIN),
+]
+"""Modules, and what is asked about their source; `None`: nothing, the model goes on with it."""
+WAYS = ("plain generate", "prompt lookup", "LongSpec")
 
 
 class Clock(BaseStreamer):
@@ -47,39 +56,55 @@ class Clock(BaseStreamer):
 
 @dataclass
 class Run:
-    """One way of decoding the prompt."""
+    """One way of decoding one prompt; `tokens` are those after the first, decoded in `seconds` by `forwards`."""
 
-    name: str
     ids: torch.Tensor
     prefill_seconds: float
-    tokens_per_second: float
-    tau: float | None
+    seconds: float
+    tokens: int
+    forwards: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed."""
+        return self.tokens / max(self.seconds, 1e-9)
 
 
 def run(
-    name: str,
     target: PreTrainedModel,
     inputs: dict[str, torch.Tensor],
     seed: int,
     settings: dict,
     draft: LongSpecDraftModel | None = None,
 ) -> Run:
-    """Time one `generate` call; decoding speed counts the tokens after the first put."""
+    """Time one `generate` call."""
     clock = Clock()
     torch.manual_seed(seed)
-    config = GenerationConfig(**{**target.generation_config.to_diff_dict(), **settings})
-    output = target.generate(**inputs, streamer=clock, generation_config=config, assistant_model=draft)
-    seconds, tokens = clock.last - clock.first, sum(clock.puts[2:])
+    output = target.generate(
+        **inputs, streamer=clock, generation_config=GenerationConfig(**settings), assistant_model=draft
+    )
     stats: SpeculationStats | None = getattr(output, "speculation_stats", None)
-    tau = stats.tau if stats else sum(clock.puts[2:]) / max(1, len(clock.puts) - 2)
-    return Run(name, output.sequences, clock.first - clock.began, tokens / max(seconds, 1e-9), tau)
+    tokens = sum(clock.puts[2:])
+    # Prompt lookup streams all tokens of a forward at once.
+    forwards = round(tokens / stats.tau) if stats and stats.tau else len(clock.puts) - 2
+    return Run(
+        output.sequences,
+        clock.first - clock.began,
+        clock.last - clock.first,
+        tokens,
+        max(1, forwards),
+    )
 
 
-def build_prompt(tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, torch.Tensor]:
-    """A chat prompt of about `tokens` tokens around the head of a long source file."""
-    code = inspect.getsource(jinja2.environment)
-    code_ids = tokenizer(code)["input_ids"][:tokens]
-    message = [{"role": "user", "content": QUESTION.format(code=tokenizer.decode(code_ids))}]
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase, module: str, question: str | None, tokens: int
+) -> dict[str, torch.Tensor]:
+    """The first `tokens` tokens of a module's source, as they are or in a chat prompt."""
+    source = inspect.getsource(importlib.import_module(module))
+    ids = tokenizer(source, return_tensors="pt")["input_ids"][:, :tokens]
+    if question is None:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    message = [{"role": "user", "content": question.format(code=tokenizer.decode(ids[0]))}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
@@ -95,56 +120,65 @@ def load_draft(target: PreTrainedModel) -> tuple[LongSpecDraftModel, str]:
     return draft, "FRESHLY INITIALISED draft: its beam knows nothing yet, only the n-gram branch helps"
 
 
+def print_row(name: str, runs: list[Run], plain: list[Run]) -> None:
+    """One way, over one or several prompts."""
+    speed, plain_speed = (sum(r.tokens for r in rs) / sum(r.seconds for r in rs) for rs in (runs, plain))
+    equal = all(torch.equal(one.ids, other.ids) for one, other in zip(runs, plain, strict=True))
+    tau = sum(r.tokens for r in runs) / sum(r.forwards for r in runs)
+    prefill = sum(r.prefill_seconds for r in runs)
+    ratio = speed / plain_speed
+    columns = f"{'yes' if equal else 'NO':>7}{tau:>7.2f}{prefill:>11.2f}{speed:>10.1f}{ratio:>7.2f}x"
+    print(f"  {name:16}{columns}", flush=True)
+
+
 def main() -> None:
-    """Run the three ways and print a table."""
+    """Run the three ways on every document and print tables."""
     args = make_parser().parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     target, tokenizer = load_embedded_target()
     draft, description = load_draft(target)
-    inputs = build_prompt(tokenizer, args.prompt_tokens)
-    plain = {
-        "max_new_tokens": args.new_tokens,
-        "do_sample": args.sample,
-        "temperature": 0.8 if args.sample else None,
-        "repetition_penalty": 1.1,  # this small model repeats itself under greedy decoding
-        "return_dict_in_generate": True,
-    }
-    tree = {
-        "tree_shape": args.tree_shape,
-        "max_tree_nodes": args.max_tree_nodes,
-        "ngram_branch_length": args.ngram_branch_length,
-    }
-    tree = {**CPU_TREE, **{name: value for name, value in tree.items() if value is not None}}
+    plain = {"max_new_tokens": args.new_tokens, "do_sample": args.sample, "return_dict_in_generate": True}
+    if args.sample:
+        plain["temperature"] = 0.8
+    tree = {name: getattr(args, name) for name in ("tree_shape", "max_tree_nodes", "ngram_branch_length")}
+    # What is measured here are the rounds; by default a call that one slow round makes doubt goes on plainly.
+    ours = {"fallback_to_plain": False, **{name: value for name, value in tree.items() if value is not None}}
     print(f"SmolLM2-135M-Instruct, fp32, {target.device}, {torch.get_num_threads()} threads; {description}.")
-    print(f"Prompt of {inputs['input_ids'].shape[1]} tokens, {args.new_tokens} new ones.")
-    runs = [
-        run("plain generate", target, inputs, args.seed, plain),
-        run("prompt lookup", target, inputs, args.seed, {**plain, "prompt_lookup_num_tokens": 10}),
-        run("LongSpec", target, inputs, args.seed, {**plain, **tree}, draft),
-    ]
-    print(f"\n{'':16}{'equal':>7}{'tau':>7}{'prefill s':>11}{'tokens/s':>10}{'speed':>8}")
-    for result in runs:
-        equal = "yes" if torch.equal(result.ids, runs[0].ids) else "NO"
-        ratio = result.tokens_per_second / runs[0].tokens_per_second
-        print(
-            f"{result.name:16}{equal:>7}{result.tau:>7.2f}{result.prefill_seconds:>11.2f}"
-            f"{result.tokens_per_second:>10.1f}{ratio:>7.2f}x"
-        )
-    print(f"\n{tokenizer.decode(runs[-1].ids[0, inputs['input_ids'].shape[1] :], skip_special_tokens=True)[:600]}")
-    if not torch.equal(runs[2].ids, runs[0].ids):
+    header = f"  {'':16}{'equal':>7}{'tau':>7}{'prefill s':>11}{'tokens/s':>10}{'speed':>8}"
+    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    for module, question in DOCUMENTS[: args.documents]:
+        inputs = build_prompt(tokenizer, module, question, args.prompt_tokens)
+        length = inputs["input_ids"].shape[1]
+        task = "continue" if question is None else "explain"
+        print(f"\n{task} {module}: prompt of {length} tokens, {args.new_tokens} new ones\n{header}", flush=True)
+        settings = {WAYS[0]: plain, WAYS[1]: {**plain, "prompt_lookup_num_tokens": 10}, WAYS[2]: {**plain, **ours}}
+        for way in WAYS:
+            runs[way].append(run(target, inputs, args.seed, settings[way], draft if way == WAYS[2] else None))
+            print_row(way, runs[way][-1:], runs[WAYS[0]][-1:])
+        new_ids = runs[WAYS[0]][-1].ids[0, length:]
+        share = repeated_share(new_ids.tolist())
+        print(f"  {share:.0%} of the text's 8-token runs repeat: {'LOOPING' if share > LOOP_SHARE else 'not looping'}")
+        print("  | " + tokenizer.decode(new_ids, skip_special_tokens=True)[:300].replace("\n", "\n  | "))
+    print(f"\nall documents\n{header}")
+    for way in WAYS:
+        print_row(way, runs[way], runs[WAYS[0]])
+    if any(not torch.equal(a.ids, b.ids) for a, b in zip(runs[WAYS[2]], runs[WAYS[0]], strict=True)):
         raise SystemExit("LongSpec's tokens differ from plain generate's.")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt-tokens", type=int, default=2500, help="tokens taken of the document")
+    parser.add_argument("--documents", type=int, default=2, choices=range(1, len(DOCUMENTS) + 1), help="how many")
+    parser.add_argument("--prompt-tokens", type=int, default=2300, help="tokens taken of a document")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens to generate")
     parser.add_argument("--sample", action="store_true", help="sample at temperature 0.8 instead of greedy decoding")
     parser.add_argument("--seed", type=int, default=0, help="of the random stream, reset before each way")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; PyTorch's choice by default")
-    parser.add_argument("--tree-shape", type=int, nargs="*", default=None, help="nodes per depth")
+    parser.add_argument(
+        "--tree-shape", type=int, nargs="*", default=None, help="nodes per depth; the device's default"
+    )
     parser.add_argument("--max-tree-nodes", type=int, default=None, help="nodes verified a round, the root included")
     parser.add_argument(
         "--ngram-branch-length", type=int, default=None, help="tokens copied from the context; 0: none"

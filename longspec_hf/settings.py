@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .configuration_longspec import validate_tree_settings
+from .configuration_longspec import DEFAULT_TREE_SHAPE, LongSpecDraftConfig, validate_tree_settings
 from .modeling_longspec import LongSpecDraftModel
 
 TREE_SETTINGS = (
@@ -19,6 +19,12 @@ TREE_SETTINGS = (
     "recheck_near_ties",
     "fallback_to_plain",
 )
+CPU_TREE = {"tree_shape": (4, 4, 4), "max_tree_nodes": 8, "ngram_branch_length": 3}
+"""The tree on a CPU where nobody has chosen one.
+
+There a forward's time grows with its rows from about 8 on, so the nodes of the general tree cost more than the tokens
+they add; measurements in `docs/design.md`, "The tree on a CPU".
+"""
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,29 @@ def resolve_tree_settings(draft: LongSpecDraftModel, generation_config: Generati
     Raises:
         ValueError: a setting is out of range; the message names it.
     """
-    values = {}
-    for name in TREE_SETTINGS:
-        value = getattr(generation_config, name, None)
-        if value is None and draft.generation_config is not None:
-            value = getattr(draft.generation_config, name, None)
-        values[name] = getattr(draft.config, name) if value is None else value
+    chosen = {name: _chosen(name, draft, generation_config) for name in TREE_SETTINGS}
+    defaults = {name: getattr(draft.config, name) for name in TREE_SETTINGS}
+    if draft.device.type == "cpu" and all(_untouched(name, draft, chosen[name]) for name in CPU_TREE):
+        defaults |= CPU_TREE
+    values = {name: defaults[name] if value is None else value for name, value in chosen.items()}
     validate_tree_settings(**values)
     settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     limit = generation_config.num_assistant_tokens
     return settings if limit is None else settings.limited_to(limit)
+
+
+def _chosen(name: str, draft: LongSpecDraftModel, generation_config: GenerationConfig) -> Any:
+    """The setting of the call, else of the draft's own generation configuration, else `None`."""
+    value = getattr(generation_config, name, None)
+    if value is None and draft.generation_config is not None:
+        value = getattr(draft.generation_config, name, None)
+    return value
+
+
+def _untouched(name: str, draft: LongSpecDraftModel, value: Any) -> bool:
+    """Whether neither the call nor the draft says anything else than the general default."""
+    default = getattr(LongSpecDraftConfig, name)
+    return value is None and getattr(draft.config, name) == (list(DEFAULT_TREE_SHAPE) if default is None else default)
 
 
 def with_tree_settings(generation_config: GenerationConfig, **settings: Any) -> GenerationConfig:
