@@ -2,7 +2,7 @@
 
     python examples/make_models_table.py --page docs/models.md
 
-The models and the comparison are those of `tests/family_matrix.py`. Takes some minutes on a CPU.
+The models and the comparison are those of `tests/family_matrix.py`. Takes a minute or two on a CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def make_table() -> str:
     columns = [(attention, way) for attention in ("eager", "sdpa") for way in WAYS]
     lines = [
         f"transformers {transformers.__version__}, torch {torch.__version__}, fp32, CPU; windows of {WINDOW} tokens, "
-        f"{NEW_TOKENS} new tokens behind prompts of {', '.join(map(str, LENGTHS))} tokens.",
+        f"{NEW_TOKENS} new tokens behind prompts of {', '.join(map(str, LENGTHS['tree']))} tokens (chains: "
+        f"{', '.join(map(str, LENGTHS['chain']))}).",
         "",
         "| family | class | " + " | ".join(f"{attention}, {way}" for attention, way in columns) + " |",
         "|---|---|" + "---|" * len(columns),
@@ -51,6 +52,7 @@ def make_table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    torch.set_num_threads(1)  # the models are too small for more
     page = make_parser().parse_args(arguments).page
     text, _, _ = page.read_text().partition(MARK)
     page.write_text(f"{text}{MARK}\n\n{make_table()}\n")
