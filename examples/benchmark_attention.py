@@ -133,7 +133,7 @@ def flex(problem: Problem) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     block_mask = create_block_mask(mask, 1, 1, nodes, prefix + nodes, device=str(problem.query.device))
     most_rows = block_mask.BLOCK_SIZE[0]
     # The kernel for short queries makes the nodes of a group of heads one tile of rows; more rows than a block
-    # of the mask has leave it without a configuration ("No choices exist for backend").
+    # of the mask has leave it without a configuration ("No choices exist for backend", seen on PyTorch 2.11).
     too_many = nodes * heads // problem.sets[0][0].shape[1] > most_rows
     options = {"BLOCK_M": most_rows} if too_many else {}
 

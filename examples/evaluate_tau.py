@@ -15,8 +15,8 @@
         --draft model_cards/longspec-smollm2-135m-instruct --csv docs/benchmarks/training_tau.csv
 
 Outputs are the target's whatever the draft proposes, so step 3 replays them: it runs the draft along the text and
-counts
-what `generate(assistant_model=draft)` would have counted. `measure --real` calls `generate` itself and compares.
+counts what `generate(assistant_model=draft)` would have counted. `measure --real` calls `generate` itself and
+compares.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longspec_hf import LongSpecDraftModel
+from longspec_hf import LongSpecDraftModel, with_tree_settings
 from longspec_hf.embedded import embedded_target_folder
 from longspec_hf.training import TauEvaluator
 from longspec_hf.training.heldout import (
@@ -142,17 +143,16 @@ def _measure(args: argparse.Namespace, target) -> dict[str, float]:
 def _compare(draft, target, evaluator: TauEvaluator, rows: list[dict]) -> None:
     """Run `generate` on the greedy texts with the first tree; its rounds must be the replay's."""
     tree, settings = next(iter(evaluator.trees.items()))
-    config = target.generation_config
+    # Replay counts rounds only, and plain steps come by the clock.
+    settings = asdict(replace(settings, fallback_to_plain=False))
     for text in (text for text in evaluator.texts if text.decoding == "greedy"):
         row = next(
             row for row in rows if row["name"] == text.name and row["tree"] == tree and row["kind"] == text.kind
         )
         ids = torch.tensor([text.prompt_ids], device=target.device)
-        call = type(config)(**{**config.to_dict(), "do_sample": False, "max_new_tokens": len(text.output_ids)})
-        for name in ("tree_shape", "max_tree_nodes", "ngram_branch_length", "ngram_min_match"):
-            value = getattr(settings, name)
-            setattr(call, name, list(value) if isinstance(value, tuple) else value)
-        output = target.generate(ids, generation_config=call, assistant_model=draft, return_dict_in_generate=True)
+        call = with_tree_settings(target.generation_config, **settings)
+        call.update(do_sample=False, max_new_tokens=len(text.output_ids), return_dict_in_generate=True)
+        output = target.generate(ids, generation_config=call, assistant_model=draft)
         same = output.sequences[0, ids.shape[1] :].tolist() == text.output_ids
         rounds = output.speculation_stats.rounds
         print(f"{text.name}: generate {rounds} rounds, replay {row['rounds']}, same text: {same}")

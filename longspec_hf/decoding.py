@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from .cache import LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
 from .pacing import Pacer
+from .prompts import Prompts
 from .stats import SpeculationStats
 from .text import HARD_TIE_ULPS, TokenDrawer
 from .tree import TokenTree
@@ -41,23 +41,6 @@ class TargetRunner(Protocol):
 
     def swap(self, one: int, other: int) -> None:
         """Exchange two sequences of the batch."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What the target reads first.
-
-    Attributes:
-        token_ids: per sequence, without padding; may lack what only `embeds` hold.
-        positions: `[B, n]`, the last ones are the ids'.
-        embeds: `[B, n, hidden]` where the prompts are given as embeddings.
-        starts: int32 `[B]`, first cache row of each sequence that is not padding, `None` without padding.
-    """
-
-    token_ids: list[list[int]]
-    positions: torch.Tensor
-    embeds: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
 
 
 class Decoder:

@@ -16,13 +16,11 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     Cache,
-    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
-    StaticCache,
 )
-from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
@@ -30,6 +28,7 @@ from transformers.generation import (
     PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
 )
+from transformers.pipelines import base as pipelines_base
 from transformers.utils import logging
 
 from .attention import TREE_KWARG, TreeAttention, tree_attention_forward
@@ -37,12 +36,16 @@ from .attention_switch import AttentionSwitch
 from .cache import LongSpecCache
 from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
-from .decoding import Decoder, Prompts
+from .configuration_longspec import LongSpecDraftConfig
+from .decoding import Decoder
 from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_layers, reason_of_rope
+from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
+from .prompts import read_prompts
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
-from .target import bind
+from .takeover import hand_back, prepare_cache
+from .target import bind, is_compiled
 from .text import TextBuffer, TokenDrawer, pad_texts, stack_scores
 from .tree import TokenTree
 
@@ -61,7 +64,7 @@ _SWITCH = AttentionSwitch(
     read=lambda config: config._attn_implementation,
     write=lambda config, name: setattr(config, "_attn_implementation", name),
 )
-_ORIGINALS: dict[str, Callable] = {}
+_ORIGINALS: dict[tuple[Any, str], Callable] = {}
 
 
 def install() -> None:
@@ -70,21 +73,22 @@ def install() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, _attention_mask)
     if _ORIGINALS:
         return
-    for name, wrap in (
-        ("_assisted_decoding", _wrap_decoding),
-        ("_get_candidate_generator", _wrap_generator),
-        ("_validate_generation_mode", _wrap_validation),
+    for owner, name, wrap in (
+        (GenerationMixin, "_assisted_decoding", _wrap_decoding),
+        (GenerationMixin, "_get_candidate_generator", _wrap_generator),
+        (GenerationMixin, "_validate_generation_mode", _wrap_validation),
+        (pipelines_base, "load_assistant_model", _wrap_pipeline_loading),
     ):
-        _ORIGINALS[name] = getattr(GenerationMixin, name)
-        setattr(GenerationMixin, name, wrap(_ORIGINALS[name]))
+        _ORIGINALS[owner, name] = getattr(owner, name)
+        setattr(owner, name, wrap(_ORIGINALS[owner, name]))
 
 
 def uninstall() -> None:
     """Undo `install`."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(ATTENTION_NAME, None)
-    for name, original in _ORIGINALS.items():
-        setattr(GenerationMixin, name, original)
+    for (owner, name), original in _ORIGINALS.items():
+        setattr(owner, name, original)
     _ORIGINALS.clear()
 
 
@@ -140,6 +144,23 @@ def _wrap_validation(original: Callable) -> Callable:
     return _validate_generation_mode
 
 
+def _wrap_pipeline_loading(original: Callable) -> Callable:
+    """A pipeline looks for a named model's class in transformers, and for its tokenizer: a draft has neither."""
+
+    @functools.wraps(original)
+    def load_assistant_model(model: Any, assistant_model: Any, assistant_tokenizer: Any) -> Any:
+        if isinstance(assistant_model, str):
+            config = AutoConfig.from_pretrained(assistant_model)
+            if isinstance(config, LongSpecDraftConfig):
+                assistant_model = LongSpecDraftModel.from_pretrained(assistant_model, dtype=model.dtype)
+                assistant_model = assistant_model.to(model.device)
+        if isinstance(assistant_model, LongSpecDraftModel) and model.can_generate():
+            return assistant_model, None
+        return original(model, assistant_model, assistant_tokenizer)
+
+    return load_assistant_model
+
+
 def _longspec_decoding(
     draft: LongSpecDraftModel,
     target: PreTrainedModel,
@@ -157,7 +178,7 @@ def _longspec_decoding(
     """Stands in for `GenerationMixin._assisted_decoding`; the same arguments behind the draft, the same outputs."""
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
-    prompts = _read_prompts(input_ids, model_kwargs, draft.device)
+    prompts = read_prompts(input_ids, model_kwargs, draft.device)
     text_config = target.config.get_text_config(decoder=True)
     reason = (
         reason_of_config(generation_config, settings, synced_gpus)
@@ -185,10 +206,10 @@ def _longspec_decoding(
     given: Cache = model_kwargs[CACHE_ARG]
     rows = max(prompts.positions.shape[1], given.get_seq_length() + input_ids.shape[1])
     needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + settings.max_nodes
-    cache = _prepare_cache(target, given, needed, rows + settings.max_nodes + GROWTH_ROWS)
+    cache = prepare_cache(target, given, needed, rows + settings.max_nodes + GROWTH_ROWS)
     cache.may_step_back = settings.recheck_near_ties
     model_kwargs[CACHE_ARG] = cache
-    generator = LongSpecCandidateGenerator(draft, bound, settings, input_ids.shape[0])
+    generator = LongSpecCandidateGenerator(few_rows_view(draft), bound, settings, input_ids.shape[0])
     cache.draft_window = generator.window
     drawers = [
         TokenDrawer(
@@ -205,7 +226,7 @@ def _longspec_decoding(
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):
-        _hand_back(cache, given)
+        hand_back(cache, given)
         cache = given
     sequences = pad_texts([drawer.text for drawer in drawers], generation_config._pad_token_tensor)
     if not generation_config.return_dict_in_generate:
@@ -262,7 +283,8 @@ class _Runner:
         self.cache = cache
         self.starts = starts
         self.text_config = target.config.get_text_config(decoder=True)
-        self.static_shapes = _is_compiled(target)
+        self.static_shapes = is_compiled(target)
+        self.verifier = target if self.static_shapes else few_rows_view(target)
         wanted = generation_config.return_dict_in_generate and generation_config.output_hidden_states
         self.hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = () if wanted else None
         self._asked = {"output_hidden_states": True} if wanted else {}
@@ -306,7 +328,7 @@ class _Runner:
                 # Left out by PyTorch's attention in transformers 5.17; 5.24 refuses it there, at the prefill already.
                 soft_capped=_SWITCH.chosen(self.text_config) != "sdpa",
             )
-            outputs = self.target(
+            outputs = self.verifier(
                 input_ids=tree.token_ids,
                 position_ids=root_positions + tree.depths,
                 attention_mask=placeholder,
@@ -330,17 +352,6 @@ class _Runner:
             self.starts[[one, other]] = self.starts[[other, one]]
 
 
-def _is_compiled(target: PreTrainedModel) -> bool:
-    """Whether `torch.compile` stands before the target's forward or its decoder's."""
-    modules = (target, target.get_decoder())
-    return any(
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or module._compiled_call_impl is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in modules
-    )
-
-
 def _processors_of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
     """The processors for one sequence of a batch; two kinds know which one they have before them."""
     return LogitsProcessorList(_of_row(processor, row) for processor in processors)
@@ -354,53 +365,6 @@ def _of_row(processor: Any, row: int) -> Any:
         processor = copy.copy(processor)
         processor.prompt_ignore_length = ignored[row : row + 1]
     return processor
-
-
-def _read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], device: torch.device) -> Prompts:
-    """The prompts as drafting needs them; padding on the left is taken off."""
-    embeds = model_kwargs.get("inputs_embeds")
-    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    length = input_ids.shape[1] if embeds is None else embeds.shape[1]
-    if positions is not None and positions.dim() == 3:
-        positions = positions[0]  # without images all axes are the same
-    if positions is None:
-        positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape[0], -1)
-    rows = input_ids.tolist()
-    starts = None
-    if mask is not None and bool((mask == 0).any()):
-        starts = (mask == 0).sum(dim=1)
-        shown = mask[:, mask.shape[1] - length :][:, length - input_ids.shape[1] :].tolist()
-        rows = [[token for token, seen in zip(*row, strict=True) if seen] for row in zip(rows, shown, strict=True)]
-        starts = starts.to(device=device, dtype=torch.int32)
-    return Prompts(rows, positions.expand(input_ids.shape[0], -1), embeds, starts)
-
-
-def _prepare_cache(target: PreTrainedModel, given: Cache, needed: int, at_once: int) -> LongSpecCache:
-    """The call's cache: the given one if it is ours, else a new one with its rows."""
-    if isinstance(given, StaticCache):
-        given = DynamicCache(config=target.config)  # generate's own is still empty, and ours is as static
-    cache = given if isinstance(given, LongSpecCache) else LongSpecCache.take_over(given)
-    cache.remember()
-    cache.reserve(min(needed, at_once), limit=needed)
-    return cache
-
-
-def _hand_back(cache: LongSpecCache, given: Cache) -> None:
-    """Let the caller's cache hold the rows, as views: plain decoding would have written them there."""
-    for ours, theirs in zip(cache.layers, _layers_for(given, len(cache.layers)), strict=True):
-        if not theirs.is_initialized:
-            theirs.lazy_initialization(ours.keys, ours.values)
-        rows = slice(None)
-        if isinstance(theirs, DynamicSlidingWindowLayer):
-            rows = slice(max(ours.keys.shape[2] - theirs.sliding_window + 1, 0), None)
-            theirs.cumulative_length = ours.length
-        theirs.keys, theirs.values = ours.keys[:, :, rows], ours.values[:, :, rows]
-
-
-def _layers_for(cache: Cache, count: int) -> list[Any]:
-    while len(cache.layers) < count:
-        cache.layers.append(cache.layer_class_to_replicate())
-    return cache.layers
 
 
 def _attention_forward(

@@ -8,14 +8,14 @@ on another; the tokens are the same.
 
 from __future__ import annotations
 
-TRIAL_ROUNDS = 3
-"""Rounds before the first judgement; the first of a call is often slower than the rest."""
 PLAIN_STEPS = 2
-"""Plain steps timed for the comparison; the faster one counts."""
+"""Plain steps timed for the comparison, after the first round that was not used to the end; the faster one counts."""
 SHARE = 0.05
 """Part of plain decoding's time that rounds may lose in the long run."""
 CREDIT = 4.0
-"""Most that can be saved up, in plain steps: bad luck of a few rounds is no reason to stop."""
+"""Most that can be saved up, in plain steps: bad luck of a few rounds is no reason to stop what has paid."""
+LARGEST_LOSS = 10.0
+"""Most that one round is charged, in plain steps: a kernel compiled on the way is no reason to stop for long."""
 
 
 class Pacer:
@@ -31,18 +31,18 @@ class Pacer:
         self.rounds = 0
         self.plain_seconds: float | None = None
         self._timed_steps = 0
-        self._credit = CREDIT
+        self._credit = 0.0
         self._paused = False
         self._always_full = True
         self._pending: list[tuple[float, float]] = []
 
     def speculates(self) -> bool:
         """Whether the next step shall be a round."""
-        if not self.enabled or self.rounds < TRIAL_ROUNDS or self._always_full:
+        if not self.enabled or self._always_full:
             return True
         if self._timed_steps < PLAIN_STEPS:
             return False
-        return self._credit > 0
+        return self._credit >= 0
 
     def add_round(self, seconds: float, tokens: float, full: bool) -> None:
         """Take note of a round.
@@ -74,9 +74,9 @@ class Pacer:
         if self._timed_steps < PLAIN_STEPS or self.plain_seconds is None:
             return
         for seconds, tokens in self._pending:
-            lost = seconds / self.plain_seconds - tokens
+            lost = min(seconds / self.plain_seconds - tokens, LARGEST_LOSS)
             self._credit = min(CREDIT, self._credit + SHARE * tokens - lost)
         self._pending = []
-        out = self._credit <= 0
+        out = self._credit < 0
         self.pauses += out and not self._paused
         self._paused = out

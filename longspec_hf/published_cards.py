@@ -9,27 +9,44 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from .model_card import PAPER, make_card_data
+from .published import PUBLISHED_PAIRS, PublishedPair
 from .training.recorded_card import describe, read_rows, tau_table
 from .training.tau import summarize
 
 UNVERIFIED = "unknown"
+LICENSES = {"sail/longspec-longchat-13b-16k": "mit", "sail/longspec-QwQ-32B-Preview": "mit"}
+"""Licences that the pages of the checkpoints state, where that was seen."""
+NOTES = {
+    "sail/longspec-longchat-13b-16k": "The target's config.json gives its position scaling as `rope_condense_ratio: "
+    "8`, which transformers does not read, and 2048 positions. Give the target's configuration a linear scaling by 8 "
+    "before you trust it, with or without a draft, beyond 2048 tokens.",
+}
+"""What a user of a pair should know, by draft."""
 
 
 @dataclass(frozen=True)
 class PublishedDraft:
-    """A checkpoint on the Hub, as the authors' table of weights names it.
+    """A published checkpoint as its card presents it.
 
     Attributes:
-        source: Hub id of the checkpoint.
-        target: Hub id of the model it drafts for.
-        license: what the checkpoint's page states, where that was seen.
+        pair: the checkpoint and the model it drafts for.
+        license: what the checkpoint's page states.
         note: what a user of this pair should know.
     """
 
-    source: str
-    target: str
+    pair: PublishedPair
     license: str = UNVERIFIED
     note: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Hub id of the checkpoint."""
+        return self.pair.draft
+
+    @property
+    def target(self) -> str:
+        """Hub id of the model it drafts for."""
+        return self.pair.target
 
     @property
     def name(self) -> str:
@@ -37,20 +54,8 @@ class PublishedDraft:
         return self.source.split("/")[1]
 
 
-PUBLISHED_DRAFTS = (
-    PublishedDraft("sail/longspec-vicuna-7b-v1.5-16k", "lmsys/vicuna-7b-v1.5-16k"),
-    PublishedDraft("sail/longspec-vicuna-13b-v1.5-16k", "lmsys/vicuna-13b-v1.5-16k"),
-    PublishedDraft("sail/longspec-longchat-7b-v1.5-32k", "lmsys/longchat-7b-v1.5-32k"),
-    PublishedDraft(
-        "sail/longspec-longchat-13b-16k",
-        "lmsys/longchat-13b-16k",
-        license="mit",
-        note="The target's config.json gives its position scaling as `rope_condense_ratio: 8`, which transformers "
-        "does not read, and 2048 positions. Give the target's configuration a linear scaling by 8 before you trust "
-        "it, with or without a draft, beyond 2048 tokens.",
-    ),
-    PublishedDraft("sail/longspec-Llama-3-8B-Instruct-262k", "gradientai/Llama-3-8B-Instruct-262k"),
-    PublishedDraft("sail/longspec-QwQ-32B-Preview", "Qwen/QwQ-32B-Preview", license="mit"),
+PUBLISHED_DRAFTS = tuple(
+    PublishedDraft(pair, LICENSES.get(pair.draft, UNVERIFIED), NOTES.get(pair.draft)) for pair in PUBLISHED_PAIRS
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -66,3 +68,24 @@ def resolve_tree_settings(draft: LongSpecDraftModel, generation_config: Generati
     settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     limit = generation_config.num_assistant_tokens
     return settings if limit is None else settings.limited_to(limit)
+
+
+def with_tree_settings(generation_config: GenerationConfig, **settings: Any) -> GenerationConfig:
+    """A copy of a generation configuration with tree settings for one call.
+
+    `GenerationConfig(**fields)` silently drops names it does not know where the fields are a model's own
+    (`_from_model_config`); this does not.
+
+    Args:
+        generation_config: such as `target.generation_config`. It is not changed.
+        settings: of `TREE_SETTINGS`; see [`LongSpecDraftConfig`].
+
+    Raises:
+        ValueError: a name is no tree setting. Values are checked by the call.
+    """
+    if unknown := sorted(set(settings) - set(TREE_SETTINGS)):
+        raise ValueError(f"`{unknown[0]}` is no tree setting, expected one of {', '.join(TREE_SETTINGS)}.")
+    config = copy.deepcopy(generation_config)
+    for name, value in settings.items():
+        setattr(config, name, list(value) if name == "tree_shape" else value)
+    return config

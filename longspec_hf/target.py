@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .configuration_longspec import LongSpecDraftConfig
+from .few_rows_linear import linear
 from .modeling_longspec import LongSpecDraftModel
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -23,6 +23,7 @@ class BoundTarget:
     Attributes:
         layer_idx: the target layer whose cache the cross-attention reads.
         rotary_layer_type: kind of that layer, where the rotary module has a table per kind (Gemma 3), else `None`.
+        rotary_axes: axes of a position (3 in Qwen2-VL's family), all the same in text.
         head_weight: `[proposable tokens, hidden]`, the target's head, gathered to the draft vocabulary.
         head_bias: `[proposable tokens]` or `None`.
         token_ids: `[proposable tokens]` names of the head's rows, `None` when they are 0, 1, 2, ...
@@ -37,17 +38,20 @@ class BoundTarget:
     logit_softcap: float | None
     layer_idx: int
     rotary_layer_type: str | None
+    rotary_axes: int = 1
 
     def position_embeddings(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(cos, sin)` `[B, T, rotary_dim]` of positions `[B, T]`, in the dtype and on the device of `like`."""
         if self.rotary_layer_type is not None:
             return self.rotary_emb(like, position_ids, self.rotary_layer_type)
+        if self.rotary_axes > 1:
+            position_ids = position_ids.expand(self.rotary_axes, -1, -1)
         return self.rotary_emb(like, position_ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores `[..., proposable tokens]` of the layer's output `[..., hidden]`, in fp32 (fp64 stays fp64)."""
         hidden = hidden if self.norm is None else self.norm(hidden)
-        logits = F.linear(hidden, self.head_weight, self.head_bias)
+        logits = linear(hidden, self.head_weight, self.head_bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
@@ -110,6 +114,7 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         logit_softcap=getattr(text, "final_logit_softcapping", None),
         layer_idx=layer_idx,
         rotary_layer_type=text.layer_types[layer_idx] if tables_per_kind else None,
+        rotary_axes=3 if hasattr(rotary, "mrope_section") else 1,
     )
 
 
@@ -130,6 +135,17 @@ def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
             f"{draft_config.target_layer_idx}."
         )
     return draft_config.target_layer_idx % count
+
+
+def is_compiled(target: PreTrainedModel) -> bool:
+    """Whether `torch.compile` stands before the target's forward or its decoder's."""
+    modules = (target, target.get_decoder())
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in modules
+    )
 
 
 def _final_norm(decoder: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from models import ScriptedDraft, learned, prompt, scripted, tiny_target
 from transformers import DynamicCache, StaticCache
 
-from longspec_hf import LongSpecCache
+from longspec_hf import LongSpecCache, LongSpecCandidateGenerator
 from longspec_hf.hook import CACHE_ARG
 
 TOLERANCE = 1e-4  # fp32 keys of size 5, computed for another number of rows
@@ -206,7 +206,7 @@ def test_take_over_refuses_what_it_cannot_keep(target):
         LongSpecCache.take_over(cache)
 
 
-def test_left_padding(target):
+def test_left_padding(target):  # C48
     ids = prompt(12)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], dim=1)
@@ -214,3 +214,27 @@ def test_left_padding(target):
     for draft in (learned(target), ScriptedDraft(target, plain, "oracle")):
         out = target.generate(padded, attention_mask=mask, max_new_tokens=30, do_sample=False, assistant_model=draft)
         assert torch.equal(out[:, 4:], plain)
+
+
+def test_the_draft_does_not_see_padding(target, monkeypatch):  # C48
+    """Its trees are those of the prompt alone, whatever fills the front."""
+    ids = prompt(12)
+    seen = []
+    original = LongSpecCandidateGenerator.propose
+
+    def propose(self, *args, **kwargs):
+        tree = original(self, *args, **kwargs)
+        seen[-1].append((tree.token_ids.tolist(), tree.parents.tolist()))
+        return tree
+
+    monkeypatch.setattr(LongSpecCandidateGenerator, "propose", propose)
+    draft = learned(target, ngram_branch_length=3)
+    for filling in (None, 0, 7, 63):
+        seen.append([])
+        row, mask = ids, torch.ones_like(ids)
+        if filling is not None:
+            row = torch.nn.functional.pad(ids, (4, 0), value=filling)
+            mask = torch.nn.functional.pad(mask, (4, 0))
+        target.generate(row, attention_mask=mask, max_new_tokens=20, do_sample=False, assistant_model=draft)
+    assert len(seen[0]) > 5
+    assert all(trees == seen[0] for trees in seen)

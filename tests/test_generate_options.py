@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from models import ScriptedDraft, learned, prompt, scripted, tiny_target
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from longspec_hf.hook import CACHE_ARG
 
@@ -46,6 +46,98 @@ def test_attentions_are_plains(target):  # C55
     for ours, theirs in zip(out.attentions, plain.attentions, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["oracle", "noisy", "wrong"])
+def test_scores_and_logits_are_plains(target, mode):  # C54
+    ids = prompt(12)
+    draft = scripted(target, ids, NEW, mode)
+    kwargs = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.0001}
+    plain, out = compare(target, draft, input_ids=ids, **kwargs)
+    for name in ("scores", "logits"):
+        assert len(out[name]) == NEW
+        torch.testing.assert_close(torch.cat(out[name]), torch.cat(plain[name]), atol=1e-4, rtol=1e-4)
+    ours, theirs = (
+        target.compute_transition_scores(each.sequences, each.scores, normalize_logits=True) for each in (out, plain)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert bool((ours < 0).all())
+
+
+class NotBefore(LogitsProcessor):
+    """A user's own minimum length."""
+
+    def __init__(self, length, end):
+        self.length, self.end = length, end
+
+    def __call__(self, input_ids, scores):
+        return (
+            scores.index_fill(1, torch.tensor([self.end]), float("-inf"))
+            if input_ids.shape[1] < self.length
+            else scores
+        )
+
+
+@pytest.mark.parametrize("how", ["min_new_tokens", "min_length", "processor"])
+def test_least_lengths(target, how):  # C32
+    ids = prompt(12)
+    free = target.generate(ids, max_new_tokens=NEW, do_sample=False)
+    end = int(free[0, 13])  # the greedy token of the second step
+    option = {
+        "min_new_tokens": {"min_new_tokens": 10},
+        "min_length": {"min_length": 22},
+        "processor": {"logits_processor": LogitsProcessorList([NotBefore(22, end)])},
+    }[how]
+    draft = ScriptedDraft(target, free, "oracle", tree_shape=[2] * 5)
+    plain, _ = compare(target, draft, input_ids=ids, eos_token_id=end, pad_token_id=0, **option)
+    assert plain.sequences.shape[1] >= 22
+    assert target.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=end, pad_token_id=0).shape[1] <= 14
+
+
+RULES = {
+    "forced_bos_token_id": {"forced_bos_token_id": 9},
+    "forced_eos_token_id": {"forced_eos_token_id": 9},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(0, 64, 2))},
+    "suppress_tokens": {"suppress_tokens": list(range(0, 64, 3))},
+    "exponential_decay_length_penalty": {
+        "exponential_decay_length_penalty": (4, 1.5),
+        "eos_token_id": 9,
+        "pad_token_id": 0,
+    },
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(len(ids) % 4, 64, 4))},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_that_count_positions(target, rule):  # C33
+    ids = {"no_repeat_ngram_size": prompt(3).repeat(1, 4), "forced_bos_token_id": prompt(1)}.get(rule, prompt(12))
+    free = target.generate(ids, max_new_tokens=NEW, do_sample=False)
+    plain, _ = compare(target, ScriptedDraft(target, free, "oracle"), input_ids=ids, **RULES[rule])
+    ruled = ScriptedDraft(target, plain.sequences, "oracle")
+    compare(target, ruled, input_ids=ids, **RULES[rule])
+    assert not torch.equal(plain.sequences, free), "the rule changes nothing here"
+
+
+def test_a_banned_word_across_two_blocks(target):  # C33
+    ids = prompt(12)
+    free = target.generate(ids, max_new_tokens=NEW, do_sample=False)
+    for place in range(12, 22):
+        words = [free[0, place : place + 2].tolist()]
+        plain, _ = compare(target, ScriptedDraft(target, free, "oracle"), input_ids=ids, bad_words_ids=words)
+        assert not torch.equal(plain.sequences, free)
+
+
+def test_nothing_is_left_of_the_call_before(target):  # C61
+    draft = learned(target)
+    calls = [prompt(40), prompt(9, seed=1), prompt(40)]
+    outs = [compare(target, draft, input_ids=ids)[1] for ids in calls]
+    assert torch.equal(outs[0].sequences, outs[2].sequences)
+    first, _, again = (out[CACHE_ARG].draft_window for out in outs)
+    assert torch.equal(first.keys, again.keys) and first.keys.data_ptr() != again.keys.data_ptr()
+    assert outs[0].speculation_stats.rounds == outs[2].speculation_stats.rounds
+    alone = compare(target, learned(target), input_ids=calls[1])[1]
+    assert alone.speculation_stats.accepted_per_depth == outs[1].speculation_stats.accepted_per_depth
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
@@ -258,6 +350,22 @@ def test_three_chat_turns(target, turns):  # C58, C60
         assert torch.equal(text, other)
         addition = prompt(6, seed=40 + turn)
         text, other = torch.cat([text, addition], dim=1), torch.cat([other, addition], dim=1)
+
+
+def test_the_draft_reads_the_whole_text_in_a_later_turn(target):  # C60
+    """Its window after a turn on the first turn's cache is that of a run without a cache."""
+    draft = learned(target)
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "assistant_model": draft, "return_dict_in_generate": True}
+    first = target.generate(prompt(30), **kwargs)
+    text = torch.cat([first.sequences, prompt(3, seed=5)], dim=1)
+    cold = target.generate(text, **kwargs)
+    warm = target.generate(text, **{CACHE_ARG: first[CACHE_ARG]}, **kwargs)
+    ours, theirs = warm[CACHE_ARG].draft_window, cold[CACHE_ARG].draft_window
+    assert torch.equal(ours.lengths, theirs.lengths)
+    rows = int(ours.lengths[0])
+    assert rows > 16  # longer than the turn's own addition
+    torch.testing.assert_close(ours.keys[:, :, :rows], theirs.keys[:, :, :rows])
+    assert warm.speculation_stats.accepted_per_depth == cold.speculation_stats.accepted_per_depth
 
 
 def test_near_the_context_limit():  # C72

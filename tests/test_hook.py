@@ -7,8 +7,10 @@ import torch
 from models import ScriptedDraft, learned, prompt, scripted, tiny_target
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
 from transformers.generation import GenerationMixin
+from transformers.pipelines import base as pipelines_base
 
 import longspec_hf
+from longspec_hf import with_tree_settings
 from longspec_hf.hook import ATTENTION_NAME
 from longspec_hf.tree import TokenTree
 
@@ -23,14 +25,19 @@ def uninstalled():
 
 
 def test_uninstall_undoes_install(uninstalled):
-    decoding, generator = GenerationMixin._assisted_decoding, GenerationMixin._get_candidate_generator
+    owned = [
+        (GenerationMixin, "_assisted_decoding"),
+        (GenerationMixin, "_get_candidate_generator"),
+        (GenerationMixin, "_validate_generation_mode"),
+        (pipelines_base, "load_assistant_model"),
+    ]
+    originals = [getattr(owner, name) for owner, name in owned]
     assert ATTENTION_NAME not in AttentionInterface() and ATTENTION_NAME not in AttentionMaskInterface()
     longspec_hf.install()
     longspec_hf.install()  # twice is once
-    assert GenerationMixin._assisted_decoding is not decoding
+    assert all(getattr(owner, name) is not old for (owner, name), old in zip(owned, originals, strict=True))
     longspec_hf.uninstall()
-    assert GenerationMixin._assisted_decoding is decoding
-    assert GenerationMixin._get_candidate_generator is generator
+    assert all(getattr(owner, name) is old for (owner, name), old in zip(owned, originals, strict=True))
 
 
 def test_other_assistants_reach_transformers(target):
@@ -146,6 +153,24 @@ def test_the_drafts_own_settings_lie_between_call_and_config(target):
 
     assert deepest() == 4
     assert deepest(generation_config=GenerationConfig(tree_shape=[1, 1])) == 2
+
+
+def test_tree_settings_are_kept_where_a_generation_config_is_a_models_own(target):
+    """`GenerationConfig(**fields)` drops them where the fields say `_from_model_config`."""
+    ids = prompt(10)
+    draft = scripted(target, ids, 31, "oracle", tree_shape=[1] * 6)
+    own = GenerationConfig.from_model_config(target.config)
+    assert own._from_model_config
+    config = with_tree_settings(own, tree_shape=(1, 1), ngram_branch_length=0)
+    config.update(max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
+    out = target.generate(ids, generation_config=config, assistant_model=draft)
+    assert len(out.speculation_stats.accepted_per_depth) == 2
+    assert torch.equal(out.sequences, draft.script[None, :40])
+    assert not hasattr(own, "tree_shape") and config.tree_shape == [1, 1]
+    with pytest.raises(ValueError, match="tree_shape"):  # transformers takes no unknown argument
+        target.generate(ids, max_new_tokens=3, tree_shape=[1, 1], assistant_model=draft)
+    with pytest.raises(ValueError, match="`tree_depth` is no tree setting, expected one of tree_shape"):
+        with_tree_settings(own, tree_depth=3)
 
 
 @pytest.mark.parametrize(

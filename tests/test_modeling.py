@@ -107,6 +107,13 @@ def test_a_draft_of_another_target_is_refused_before_any_forward(target, field, 
         target.generate(prompt(5), max_new_tokens=3, assistant_model=draft)
 
 
+def test_another_device_is_refused(target, monkeypatch):  # C49
+    draft = learned(target).to("meta")
+    monkeypatch.setattr(type(target), "forward", lambda *a, **k: pytest.fail("a forward ran"))
+    with pytest.raises(ValueError, match=r"`assistant_model` is on device meta, expected the target's cpu"):
+        target.generate(prompt(5), max_new_tokens=3, assistant_model=draft)
+
+
 def test_another_dtype_is_refused(target):
     with pytest.raises(ValueError, match=r"bfloat16.*float32"):
         target.generate(prompt(5), max_new_tokens=3, assistant_model=learned(target).to(torch.bfloat16))

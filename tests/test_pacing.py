@@ -23,19 +23,19 @@ def simulate(pacer, new_tokens, round_cost, tokens_at, plain_cost=1.0, depth=4):
     return seconds
 
 
-@pytest.mark.parametrize("round_cost", [1.1, 1.5, 2.5, 4.0])
+@pytest.mark.parametrize("round_cost", [1.1, 1.5, 2.5, 4.0, 9.0])
 @pytest.mark.parametrize("new_tokens", [128, 512, 4096])
 def test_useless_rounds_cost_at_most_a_tenth(round_cost, new_tokens):
     pacer = Pacer()
     assert simulate(pacer, new_tokens, round_cost, lambda place: 1) <= 1.1 * new_tokens
-    assert pacer.pauses >= (round_cost >= 1.5)
+    assert pacer.pauses >= 1
 
 
-def test_rounds_that_pay_are_never_stopped():
+def test_rounds_that_pay_go_on():
     pacer = Pacer()
     tokens = [1, 3, 2, 4, 1, 1, 3, 2]
     seconds = simulate(pacer, 512, 1.5, lambda place: tokens[place % len(tokens)])
-    assert seconds < 0.8 * 512 and pacer.pauses == 0
+    assert seconds < 0.85 * 512
 
 
 def test_speculation_comes_back_when_the_text_turns():
@@ -53,10 +53,22 @@ def test_full_rounds_are_not_interrupted_by_a_comparison():
         pacer.add_round(9.0, 5, full=True)
 
 
+def test_one_very_slow_round_is_forgiven():
+    """The first round of a process may compile kernels."""
+    pacer, rounds = Pacer(), 0
+    pacer.add_round(1000.0, 1, full=False)
+    for _ in range(400):
+        if pacer.speculates():
+            pacer.add_round(1.5, 3, full=False)
+            rounds += 1
+        else:
+            pacer.add_plain(1.0)
+    assert rounds > 150
+
+
 def test_a_growing_context_is_followed():
     pacer = Pacer()
-    for _ in range(3):
-        pacer.add_round(3.0, 1, full=False)
+    pacer.add_round(3.0, 1, full=False)
     pacer.add_plain(1.0)
     for _ in range(200):
         pacer.add_plain(2.0)

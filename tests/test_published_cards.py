@@ -7,10 +7,10 @@ import yaml
 from example_scripts import example
 from huggingface_hub import ModelCard, ModelCardData
 
-from longspec_hf.published_cards import PUBLISHED_DRAFTS, UNVERIFIED, make_published_card
+from longspec_hf.published_cards import LICENSES, NOTES, PUBLISHED_DRAFTS, UNVERIFIED, make_published_card
 
 CARDS = Path(__file__).parent.parent / "model_cards"
-TAU = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_tau.csv"
+TAU = Path(__file__).parent.parent / "docs" / "benchmarks" / "training_tau_272m.csv"
 
 
 @pytest.mark.parametrize("draft", PUBLISHED_DRAFTS, ids=lambda draft: draft.name)
@@ -35,6 +35,11 @@ def test_a_card_is_what_the_table_gives_and_valid(draft):
 def test_the_table_names_six_pairs_once():
     assert len({draft.source for draft in PUBLISHED_DRAFTS}) == len({draft.target for draft in PUBLISHED_DRAFTS}) == 6
     assert all(draft.source == f"sail/longspec-{draft.target.split('/')[1]}" for draft in PUBLISHED_DRAFTS)
+
+
+def test_licences_and_notes_are_of_pairs_that_exist():
+    assert {*LICENSES, *NOTES} <= {draft.source for draft in PUBLISHED_DRAFTS}
+    assert {draft.source for draft in PUBLISHED_DRAFTS if draft.note} == set(NOTES)
 
 
 def test_results_come_from_csv_files(tmp_path):

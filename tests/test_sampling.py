@@ -90,7 +90,7 @@ CANDIDATES = {"none": [], "one": [0], "some": [0, 3, 5], "all": list(range(8))}
 
 @pytest.mark.parametrize("warped", [False, True], ids=["raw", "warped"])
 @pytest.mark.parametrize("candidates", CANDIDATES)
-def test_distribution_is_the_targets(candidates, warped):  # C14, C15, C16
+def test_distribution_is_the_targets(candidates, warped):  # C14, C15, C16, C18
     """10 000 pairs of tokens drawn by the walk over trees that hold none, one, some or all first tokens."""
     model, ids = toy(), torch.tensor([[1, 5, 2]])
     warp = LogitsProcessorList()
@@ -284,3 +284,20 @@ def test_acceptance_does_not_depend_on_the_draft(target):
             ] += 1
     table = table[:, table.sum(0) >= 10]
     assert chi2_contingency(table).pvalue > P_VALUE
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_sampled_texts_are_as_likely_as_plains(target, temperature):  # C19
+    """Mean log-probability under the target of 200 texts each, sampled with other random numbers."""
+    ids = prompt(10)
+    means, variances = [], []
+    for seed, assistant in ((0, {}), (1, {"assistant_model": scripted(target, ids, 16, "noisy")})):
+        torch.manual_seed(seed)
+        kwargs = {"max_new_tokens": 16, "do_sample": True, "temperature": temperature, "top_p": 0.9, "top_k": 0}
+        texts = target.generate(ids, num_return_sequences=200, **kwargs, **assistant)
+        with torch.no_grad():
+            logprobs = target(texts).logits[:, 9:-1].log_softmax(-1)
+        totals = logprobs.gather(-1, texts[:, 10:, None]).sum((1, 2))
+        means.append(totals.mean())
+        variances.append(totals.var() / len(totals))
+    assert abs(means[0] - means[1]) < 3 * sum(variances) ** 0.5

@@ -8,6 +8,8 @@ from models import ScriptedDraft, prompt, scripted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
+from longspec_hf.hook import CACHE_ARG
+
 DEPTH = 5
 BLOCK = {"tree_shape": [2] * DEPTH}
 
@@ -70,6 +72,41 @@ def test_stop_strings_at_every_offset(target, k):  # C27, across two blocks too
         assert plain.shape[1] < 30
 
 
+@pytest.mark.parametrize("k", range(1, DEPTH + 3))
+@pytest.mark.parametrize("ends", ["stop string", "criterion"])
+def test_nothing_behind_a_stop_is_returned(target, k, ends):  # C29, C30
+    """A stop within the budget: ids, scores, logits, streamed tokens and cache all end with it."""
+    ids = prompt(10, seed=4)
+    tokenizer = byte_level_tokenizer()
+    free = target.generate(ids, max_new_tokens=20, do_sample=False)
+    draft = ScriptedDraft(target, free, "oracle", **BLOCK)
+    names = tokenizer.convert_ids_to_tokens(free[0].tolist())
+    stop = (
+        {"stop_strings": [names[9 + k] + names[10 + k]], "tokenizer": tokenizer}
+        if ends == "stop string"
+        else {"stopping_criteria": StoppingCriteriaList([StopAfter(11 + k)])}
+    )
+    kwargs = {"max_new_tokens": k + 3, "do_sample": False, "return_dict_in_generate": True, **stop}
+    kwargs |= {"output_scores": True, "output_logits": True}
+    streamer = Recorder()
+    plain = target.generate(ids, **kwargs)
+    out = target.generate(ids, streamer=streamer, assistant_model=draft, **kwargs)
+    assert torch.equal(plain.sequences, out.sequences)
+    new = out.sequences.shape[1] - 10
+    assert new <= k + 1  # the budget is larger
+    assert len(out.scores) == len(out.logits) == len(streamer.puts) - 1 == new
+    assert out[CACHE_ARG].get_seq_length() == 10 + new - 1
+
+
+def test_no_time_at_all_gives_one_token(target):  # C57
+    ids = prompt(10)
+    draft = scripted(target, ids, 20, "oracle", **BLOCK)
+    kwargs = {"max_new_tokens": 20, "do_sample": False, "max_time": 0.0}
+    plain = target.generate(ids, **kwargs)
+    assert plain.shape[1] == 11
+    assert torch.equal(plain, target.generate(ids, assistant_model=draft, **kwargs))
+
+
 class StopAfter(StoppingCriteria):
     """Stops at a length and records every call."""
 
@@ -108,7 +145,7 @@ class Recorder:
         self.ended += 1
 
 
-def test_streamed_tokens_stop_with_the_text(target):
+def test_streamed_tokens_stop_with_the_text(target):  # C29, C38
     ids = prompt(10, seed=4)
     draft = scripted(target, ids, 20, "oracle", **BLOCK)
     streamer = Recorder()

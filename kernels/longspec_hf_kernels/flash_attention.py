@@ -9,7 +9,7 @@ import torch
 
 from .backends import has_flash_attn
 from .triton_attention import count_tree_keys, launch_splits, plan_splits
-from .triton_configs import padded_head_dim
+from .triton_configs import LaunchOptions, padded_head_dim
 from .triton_kernels import merge_prefix_and_tree_kernel
 
 
@@ -57,7 +57,7 @@ def hybrid_tree_attention_flash(
     tree_out = query.new_empty((batch, nodes, heads, head_dim), dtype=torch.float32)
     tree_lse = query.new_empty((batch, nodes, heads), dtype=torch.float32)
     if ancestor_bits is not None:
-        plan = plan_splits(query, key, count_tree_keys(ancestor_bits, None), None, 1)
+        plan = plan_splits(query, key, count_tree_keys(ancestor_bits, None), None, 1, options=LaunchOptions())
         launch_splits(
             query,
             key,

@@ -7,8 +7,6 @@ import torch
 
 from .triton_configs import TileConfig, device_limits
 
-# One program per multiprocessor: two computing warpgroups of 64 rows, two K/V tiles in flight.
-HOPPER_TILE = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=2, programs_per_sm=1)
 # Registers of the two computing warpgroups hold scores and result up to this head size.
 HOPPER_HEAD_DIMS = (64, 128)
 HOPPER_DTYPES = (torch.float16, torch.bfloat16)

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .hopper_attention import HOPPER_TILE, hopper_fits, launch_hopper_splits
+from .hopper_attention import hopper_fits, launch_hopper_splits
 from .triton_configs import (
-    HOPPER_MIN_ROWS,
-    LAUNCH,
+    HOPPER_TILE,
     LaunchOptions,
     TileConfig,
+    choose_launch,
     choose_splits,
     choose_tile,
     device_limits,
     min_split_tiles,
     padded_head_dim,
+    prefers_hopper,
     reduction_chunk,
 )
 from .triton_kernels import combine_splits_kernel, split_attention_kernel
@@ -49,7 +50,7 @@ def plan_splits(
     splits: int | None,
     *,
     hopper: bool = False,
-    options: LaunchOptions = LAUNCH,
+    options: LaunchOptions | None = None,
 ) -> SplitPlan:
     """Choose tile and splits from shapes and device alone (no lengths: a launch can be captured)."""
     batch, heads, nodes, head_dim = query.shape
@@ -62,6 +63,7 @@ def plan_splits(
     # Splits that no length could fill are not launched; the shares, and so the bits, stay the same.
     most_tiles = capacity // tile.block_n + -(-(tile.block_n + tree_keys) // EDGE_BLOCK)
     launched = min(planned, max(1, -(-most_tiles // min_tiles)))
+    options = options or choose_launch(tile, planned)
     early = options.early_splits and limits.dependent_launch
     dependent = limits.dependent_launch and (options.early_hopper if hopper else launched > 1)
     return SplitPlan(tile, options, planned, launched, min_tiles, early, dependent)
@@ -84,7 +86,7 @@ def hybrid_tree_attention_triton(
     tile: TileConfig | None = None,
     splits: int | None = None,
     hopper: bool | None = None,
-    options: LaunchOptions = LAUNCH,
+    options: LaunchOptions | None = None,
 ) -> torch.Tensor:
     """`hybrid_tree_attention_reference` as a fused split-KV kernel and a reduction.
 
@@ -93,8 +95,8 @@ def hybrid_tree_attention_triton(
 
     Args:
         tile, splits, options: override the tables of `triton_configs`, for tests and benchmarks.
-        hopper: force or forbid the kernel of `hopper_kernels`; by default it runs where it fits and there
-            are rows enough for it.
+        hopper: force or forbid the kernel of `hopper_kernels`; by default it runs where it fits and
+            `prefers_hopper` says so.
 
     Others, and the result, as in `hybrid_tree_attention_reference`; fp16, bf16 and fp32 (true fp32
     products), head sizes up to 256.
@@ -104,8 +106,9 @@ def hybrid_tree_attention_triton(
     if out.numel() == 0:
         return out
     if hopper is None:
-        many_rows = nodes * (heads // key.shape[1]) >= HOPPER_MIN_ROWS
-        hopper = tile is None and many_rows and hopper_fits(query, key, value, window, softcap)
+        kv_heads = key.shape[1]
+        preferred = prefers_hopper(nodes * (heads // kv_heads), kv_heads, batch, device_limits(query.device))
+        hopper = tile is None and preferred and hopper_fits(query, key, value, window, softcap)
     tree_keys = count_tree_keys(ancestor_bits, key_depths)
     tile = (tile or HOPPER_TILE) if hopper else tile
     plan = plan_splits(query, key, tree_keys, tile, splits, hopper=hopper, options=options)
@@ -166,7 +169,7 @@ def hybrid_tree_attention_triton(
             HAS_SINKS=sinks is not None,
             WAIT=plan.dependent,
             RELEASE=plan.early,
-            num_warps=options.reduction_warps,
+            num_warps=plan.options.reduction_warps,
             **overlapped(plan.dependent),
         )
     return out

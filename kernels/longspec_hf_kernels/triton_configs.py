@@ -20,7 +20,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How the launches of one call overlap; every choice gives the same result.
+    """How the kernels of one call are launched; only `reduction_warps` may change bits, by the order of a sum.
 
     Attributes:
         early_splits: bring the split kernel in while the kernel before it is still running.
@@ -64,11 +64,16 @@ WIDE_HALF_TILES = {
 # True fp32 products run on the ordinary units with both operands in registers: small tiles only.
 FLOAT_TILES = {16: TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2, programs_per_sm=2)}
 WIDE_FLOAT_TILES = {16: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)}
-LAUNCH = LaunchOptions()
+# One program per multiprocessor: two computing warpgroups of 64 rows, two K/V tiles in flight.
+HOPPER_TILE = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=2, programs_per_sm=1)
 # A split shorter than this costs more in the reduction than it gains in parallel reads.
 MIN_SPLIT_ROWS = 128
-# Packed rows from which the Hopper kernel's tile of 128 pays: more than one such tile.
-HOPPER_MIN_ROWS = 129
+# From 65 rows on a tile of 64 needs K/V twice and the Hopper kernel's tile of 128 once, with half as many
+# programs and so twice the splits: that pays while the partial results of those splits stay few. From 129
+# rows on it always does: the products, which this kernel is faster at, are the larger part.
+HOPPER_MIN_ROWS = 65
+HOPPER_ALL_SPLITS_ROWS = 129
+HOPPER_FEW_SPLITS = 4
 # Shared memory that a program needs beside its tiles.
 RESERVED_SHARED_MEMORY = 2048
 # Hopper and Triton 3.4 can bring a kernel in before its predecessor has finished.
@@ -143,6 +148,23 @@ def choose_splits(tile: TileConfig, rows: int, kv_heads: int, batch: int, limits
 def min_split_tiles(tile: TileConfig) -> int:
     """Fewest K/V tiles of a split."""
     return max(1, MIN_SPLIT_ROWS // tile.block_n)
+
+
+def prefers_hopper(rows: int, kv_heads: int, batch: int, limits: DeviceLimits) -> bool:
+    """Whether so many packed rows are faster in the Hopper kernel, where it can run."""
+    few_splits = choose_splits(HOPPER_TILE, rows, kv_heads, batch, limits) <= HOPPER_FEW_SPLITS
+    return rows >= HOPPER_MIN_ROWS and (few_splits or rows >= HOPPER_ALL_SPLITS_ROWS)
+
+
+def choose_launch(tile: TileConfig, splits: int) -> LaunchOptions:
+    """How to launch a call with this tile and so many splits.
+
+    A split kernel may come in early where it has a multiprocessor to itself; two programs to one were measured
+    up to 5 % slower that way with grouped heads. Two warps hold the partial results of a chunk of 16 splits,
+    and more rows are merged at once than with four, which wider chunks need for their registers.
+    """
+    warps = 2 if reduction_chunk(splits) == 16 else 4
+    return LaunchOptions(early_splits=tile.programs_per_sm == 1, early_hopper=True, reduction_warps=warps)
 
 
 def reduction_chunk(splits: int) -> int:

@@ -13,6 +13,7 @@ from ..model_card import make_model_card, markdown_table, save_model_card
 from .tau import summarize
 
 FACTS_FILE = "training_facts.json"
+SUMMED_FACTS = ("steps", "tokens", "seconds")
 
 
 def write_card(
@@ -52,6 +53,8 @@ def write_card(
     for run in records:
         prefix = f"{run['stage']} " if len(records) > 1 else ""
         facts |= {f"{prefix}{fact}": value for fact, value in run["facts"].items()}
+    if len(records) > 1:
+        facts |= {f"all stages {fact}": sum(run["facts"].get(fact, 0) for run in records) for fact in SUMMED_FACTS}
     card = make_model_card(
         LongSpecDraftConfig.from_pretrained(folder),
         name or folder.resolve().name,

@@ -18,8 +18,9 @@ def test_the_shipped_card_is_what_its_records_say(tmp_path):
     folder = tmp_path / SHIPPED_DRAFT
     shutil.copytree(shipped_draft_folder(), folder)
     (folder / "README.md").unlink()
-    runs = [str(BENCHMARKS / f"training_run_{stage}.json") for stage in ("short", "long")]
-    assert main(["card", str(folder), "--run", *runs, "--tau", str(BENCHMARKS / "training_tau.csv")]) == 0
+    runs = [str(BENCHMARKS / f"training_run_{stage}.json") for stage in ("short", "long", "short_2", "long_2")]
+    taus = [str(BENCHMARKS / f"training_tau{which}.csv") for which in ("", "_lookup")]
+    assert main(["card", str(folder), "--run", *runs, "--tau", *taus]) == 0
     assert (folder / "README.md").read_text() == (shipped_draft_folder() / "README.md").read_text()
 
 
@@ -43,7 +44,7 @@ def test_a_run_from_the_command_line_and_its_card(tmp_path, capsys):
     # Records of several stages are told apart by their folders.
     assert main(["card", str(stages[1]), "--run", *(str(stage / "training_facts.json") for stage in stages)]) == 0
     card = (stages[1] / "README.md").read_text()
-    assert "| short steps | 2 |" in card and "| long steps | 2 |" in card
+    assert "| short steps | 2 |" in card and "| long steps | 2 |" in card and "| all stages steps | 4 |" in card
 
 
 def test_training_without_data_is_refused_before_the_target_is_loaded(tmp_path, capsys, monkeypatch):

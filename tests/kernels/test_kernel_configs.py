@@ -5,10 +5,13 @@ import torch
 from longspec_hf_kernels.triton_configs import (
     DeviceLimits,
     LaunchOptions,
+    choose_launch,
     choose_splits,
     choose_tile,
     min_split_tiles,
     padded_head_dim,
+    prefers_hopper,
+    reduction_chunk,
 )
 
 DEVICES = {
@@ -39,6 +42,45 @@ def test_all_programs_are_resident_at_once_unless_there_are_too_many_for_that(ro
     programs = -(-rows // tile.block_m) * kv_heads * batch * splits
     assert splits >= 1
     assert splits == 1 or programs <= tile.programs_per_sm * limits.multiprocessors
+
+
+@pytest.mark.parametrize(
+    "rows, kv_heads, batch, expected",
+    [
+        (64, 32, 1, False),  # one tile of 64 rows holds them
+        (65, 32, 1, True),  # 4 splits of Hopper's tile: little to merge
+        (65, 26, 1, False),  # 5 splits
+        (128, 8, 1, False),  # 16 splits
+        (128, 8, 4, True),  # the sequences of a batch leave 4
+        (129, 1, 1, True),  # many rows, however many splits
+        (448, 4, 1, True),
+    ],
+)
+def test_hopper_is_preferred_for_many_rows_or_for_two_tiles_of_few_splits(rows, kv_heads, batch, expected):
+    assert prefers_hopper(rows, kv_heads, batch, DEVICES["H100"]) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 256])
+@pytest.mark.parametrize("splits", [1, 4, 16, 17, 33, 128])
+def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(rows, splits):
+    tile = choose_tile(rows, 128, torch.bfloat16, DEVICES["H100"])
+    options = choose_launch(tile, splits)
+    assert options.early_splits == (rows <= 128) == (tile.programs_per_sm == 1)
+    assert options.reduction_warps == (2 if splits <= 16 else 4)
+    for head_dim in (64, 128, 256):
+        values = reduction_chunk(splits) * head_dim // (32 * options.reduction_warps)
+        assert values <= 128, "half of a thread's registers"
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_a_call_without_options_is_launched_as_the_table_says(monkeypatch, hopper):
+    triton_attention = pytest.importorskip("longspec_hf_kernels.triton_attention", reason="it launches Triton kernels")
+    monkeypatch.setattr(triton_attention, "device_limits", lambda _: DEVICES["H100"])
+    for nodes in (4, 64):
+        query, key = torch.zeros(1, 8, nodes, 64, dtype=torch.half), torch.zeros(1, 2, 65536, 64, dtype=torch.half)
+        plan = triton_attention.plan_splits(query, key, nodes, None, None, hopper=hopper)
+        assert plan.options == choose_launch(plan.tile, plan.planned)
+        assert plan.early == (nodes == 4) and plan.dependent
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -33,7 +33,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 LENGTHS = [0, 1, 2, 31, 63, 64, 65, 127, 500, 1000, 3001]
-# C76: another order of the same fp32 sums, rounded to bf16 at the end; the largest difference of any element.
+# C76: another order of the same sums, rounded to bf16 at the end; the largest difference of any element.
 SPLIT_TOLERANCE = 1e-3
 
 
@@ -120,13 +120,25 @@ def test_the_scheme_of_the_paper_and_the_torch_path(nodes, head_dim, dtype):
     assert relative_error(case.run(hybrid_tree_attention_flash, packed=True), expected) < TOLERANCE[dtype]
 
 
+def beyond_one_step(run: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where the two differ by the tolerance or more, and by more than one step of their dtype.
+
+    From 0.25 on, which results over few rows reach, bf16 has steps of 0.002 and more: two sums that differ
+    by next to nothing may be rounded to either side of one.
+    """
+    step = torch.finfo(run.dtype).eps * 2.0 ** torch.maximum(run.abs(), other.abs()).float().log2().floor()
+    difference = (run.float() - other.float()).abs()
+    return (difference >= SPLIT_TOLERANCE) & (difference > step)
+
+
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_splits_hardly_change_the_result_and_runs_repeat_bit_for_bit(dtype):
     """C76."""
     case = make_case(prefixes=[4096, 300], nodes=16, group=4, head_dim=128, dtype=dtype, device="cuda")
     runs = [case.run(hybrid_tree_attention_triton, splits=n) for n in (1, 2, 4, 8, 16)]
     for run in runs:
-        assert float((run - runs[0]).abs().max()) < SPLIT_TOLERANCE
+        assert float((run[0] - runs[0][0]).abs().max()) < SPLIT_TOLERANCE  # over 4096 rows: below 0.125
+        assert not beyond_one_step(run, runs[0]).any()
         assert relative_error(run, case.expected()) < TOLERANCE[dtype]
     assert torch.equal(case.run(hybrid_tree_attention), case.run(hybrid_tree_attention))
 
