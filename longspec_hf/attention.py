@@ -24,6 +24,7 @@ class TreeAttention:
         ancestor_bits: `[B, T, words]` from [`TokenTree.ancestor_bits`].
         depths: `[B, T]`.
         starts: `[B]` int32 first row that is not padding, or `None`.
+        soft_capped: whether a layer's soft-cap is applied; the attention that plain decoding uses may ignore it.
         shared: what the kernels work out of the others, kept for the round's other layers.
     """
 
@@ -31,6 +32,7 @@ class TreeAttention:
     ancestor_bits: torch.Tensor
     depths: torch.Tensor
     starts: torch.Tensor | None
+    soft_capped: bool = True
     shared: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -40,13 +42,15 @@ class TreeAttention:
         prefix_lens: torch.Tensor,
         starts: torch.Tensor | None,
         dropped: Sequence[tuple[int, ...] | None],
+        soft_capped: bool = True,
     ) -> list[TreeAttention]:
         """Metadata of trees whose rows follow `prefix_lens` (int32 `[B]`) committed ones, for every layer.
 
         Args:
             tree: the trees.
             prefix_lens, starts: of the texts.
-            dropped: per layer, rows of each text that its buffers no longer hold; `None` for no layer of that kind.
+            dropped: per layer, rows of each text that its buffers no longer hold; `None` where none ever are.
+            soft_capped: as above.
         """
         bits = tree.ancestor_bits()
         kinds: dict[tuple[int, ...] | None, TreeAttention] = {}
@@ -54,7 +58,7 @@ class TreeAttention:
             if offsets not in kinds:
                 gone = torch.tensor(offsets or 0, dtype=torch.int32, device=prefix_lens.device)
                 first = None if starts is None else (starts - gone).clamp(min=0)
-                kinds[offsets] = cls(prefix_lens - gone, bits, tree.depths, first)
+                kinds[offsets] = cls(prefix_lens - gone, bits, tree.depths, first, soft_capped)
         return [kinds[offsets] for offsets in dropped]
 
 
@@ -90,7 +94,7 @@ def tree_attention_forward(
         key_depths=tree.depths,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
-        softcap=softcap,
+        softcap=softcap if tree.soft_capped else None,
         sinks=s_aux,
         shared=tree.shared,
     )

@@ -320,18 +320,21 @@ class _Runner:
         # A mask of four dimensions is passed on as it is; ours is in the metadata.
         placeholder = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         with self.cache.tree(sequences, nodes) as lengths, _SWITCH.pointed(self.text_config):
-            starts = None if self.starts is None else self.starts[:sequences]
-            dropped = [layer.dropped_rows(sequences) for layer in self.cache.layers]
+            trees = TreeAttention.per_layer(
+                tree,
+                lengths.to(device),
+                None if self.starts is None else self.starts[:sequences],
+                [layer.dropped_rows(sequences) for layer in self.cache.layers],
+                # Left out by PyTorch's attention in transformers 5.17; 5.24 refuses it there, at the prefill already.
+                soft_capped=_SWITCH.chosen(self.text_config) != "sdpa",
+            )
             outputs = self.verifier(
                 input_ids=tree.token_ids,
                 position_ids=root_positions + tree.depths,
                 attention_mask=placeholder,
                 use_cache=True,
                 return_dict=True,
-                **{
-                    CACHE_ARG: self.cache,
-                    TREE_KWARG: TreeAttention.per_layer(tree, lengths.to(device), starts, dropped),
-                },
+                **{CACHE_ARG: self.cache, TREE_KWARG: trees},
                 **self._asked,
             )
         self._last_states = outputs.get("hidden_states") or ()
@@ -373,11 +376,8 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The "longspec" attention function: over a tree where the call brings one, else the one the user chose."""
-    trees = kwargs.pop(TREE_KWARG, None)
-    if trees is not None:
+    if (trees := kwargs.pop(TREE_KWARG, None)) is not None:
         taken = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
-        if taken["softcap"] is not None and _SWITCH.chosen(module.config) == "sdpa":
-            taken["softcap"] = None  # ignored by transformers 5.17, refused by 5.24 (at the prefill already)
         return tree_attention_forward(query, key, value, trees[module.layer_idx], **taken), None
     chosen = _SWITCH.chosen(module.config)
     if chosen == "eager":

@@ -23,6 +23,7 @@ class BoundTarget:
     Attributes:
         layer_idx: the target layer whose cache the cross-attention reads.
         rotary_layer_type: kind of that layer, where the rotary module has a table per kind (Gemma 3), else `None`.
+        rotary_axes: axes of a position (3 in Qwen2-VL's family), all the same in text.
         head_weight: `[proposable tokens, hidden]`, the target's head, gathered to the draft vocabulary.
         head_bias: `[proposable tokens]` or `None`.
         token_ids: `[proposable tokens]` names of the head's rows, `None` when they are 0, 1, 2, ...
@@ -37,11 +38,14 @@ class BoundTarget:
     logit_softcap: float | None
     layer_idx: int
     rotary_layer_type: str | None
+    rotary_axes: int = 1
 
     def position_embeddings(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(cos, sin)` `[B, T, rotary_dim]` of positions `[B, T]`, in the dtype and on the device of `like`."""
         if self.rotary_layer_type is not None:
             return self.rotary_emb(like, position_ids, self.rotary_layer_type)
+        if self.rotary_axes > 1:
+            position_ids = position_ids.expand(self.rotary_axes, -1, -1)
         return self.rotary_emb(like, position_ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -110,6 +114,7 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         logit_softcap=getattr(text, "final_logit_softcapping", None),
         layer_idx=layer_idx,
         rotary_layer_type=text.layer_types[layer_idx] if tables_per_kind else None,
+        rotary_axes=3 if hasattr(rotary, "mrope_section") else 1,
     )
 
 
