@@ -165,27 +165,3 @@ def test_layers_that_take_no_tree_are_decoded_plainly():
     assert reason_of_layers(text) is None
     text.layer_types = ["chunked_attention", "full_attention"]
     assert "chunked_attention" in reason_of_layers(text)
-
-
-class Int8Linear(torch.nn.Module):
-    """Weight-only: int8 rows with a scale each, made whole again in every forward."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.register_buffer("scale", linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127)
-        self.register_buffer("rows", (linear.weight.detach() / self.scale).round().to(torch.int8))
-
-    def forward(self, hidden):
-        return torch.nn.functional.linear(hidden, self.rows.to(hidden.dtype) * self.scale.to(hidden.dtype))
-
-
-@pytest.mark.parametrize("mode", ["wrong", "noisy"])
-def test_int8_weights(mode):  # C11
-    model = tiny_target()
-    linears = [(name, module) for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    for name, module in linears:
-        model.model.set_submodule(name, Int8Linear(module))
-    ids = prompt(20)
-    draft = scripted(model, ids, 60, mode)
-    assert not torch.equal(draft.script, tiny_target().generate(ids, max_new_tokens=60, do_sample=False)[0])
-    assert torch.equal(draft.script, model.generate(ids, max_new_tokens=60, do_sample=False, assistant_model=draft)[0])
