@@ -41,9 +41,7 @@ def test_what_cannot_be_loaded_is_named(saved, arguments, message):
 
 
 def test_a_target_is_no_draft(saved):
-    with pytest.raises(
-        ValueError, match=r"`draft` must be .* does not hold a complete LongSpec draft: missing tensor"
-    ):
+    with pytest.raises(ValueError, match=r"`draft` must be .* must hold a LongSpec draft"):
         load_pair(saved[0], saved[0])
 
 
