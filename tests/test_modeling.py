@@ -122,7 +122,8 @@ def test_another_dtype_is_refused(target):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
 def test_drafting_computes_what_training_trains(family):
     """The root's expansion equals the last row of `forward` over the whole text, past the window's edge too."""
-    model = tiny_target(family)
+    # Windows are left out: which of the target's rows a window still shows is the cache's matter.
+    model = tiny_target(family, sliding_window=None) if family == "phi3" else tiny_target(family)
     draft = learned(model, sliding_window=6)
     for length in (2, 5, 6, 7, 19):
         ids = prompt(length, seed=length)

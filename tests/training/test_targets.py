@@ -147,6 +147,7 @@ def test_train_save_load_generate(tmp_path):
     draft = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(draft, LongSpecDraftModel)
     ids = torch.randint(1, 64, (1, 30), generator=torch.Generator().manual_seed(0))
+    draft.config.fallback_to_plain = False
     plain = target.generate(ids, max_new_tokens=40, do_sample=False)
     output = target.generate(
         ids, max_new_tokens=40, do_sample=False, assistant_model=draft, return_dict_in_generate=True
