@@ -23,7 +23,7 @@ CPU_TREE = {"tree_shape": (4, 4, 4), "max_tree_nodes": 8, "ngram_branch_length":
 """The tree on a CPU where nobody has chosen one.
 
 There a forward's time grows with its rows from about 8 on, so the nodes of the general tree cost more than the tokens
-they add; measurements in `docs/design.md`, "The tree on a CPU".
+they add.
 """
 
 
