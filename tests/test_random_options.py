@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from longspec_hf.hook import CACHE_ARG
 
 NIGHTLY = os.environ.get("LONGSPEC_NIGHTLY") == "1"
-EXAMPLES = 4000 if NIGHTLY else 300
+EXAMPLES = 4000 if NIGHTLY else 200
 TARGETS = {family: tiny_target(family) for family in ("llama", "qwen2", "qwen3")}
 
 
