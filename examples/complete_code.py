@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-import time
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase
 
+from longspec_hf.cli.continuation import print_continuation
 from longspec_hf.cli.options import (
     add_decoding_options,
     add_pair_options,
-    generation_config_of,
     load_pair_of,
-    set_seed,
 )
 from longspec_hf.pairs import encode_prompts
-from longspec_hf.report import describe_output
 
 PACKAGE = Path(__file__).parent.parent / "longspec_hf"
 
@@ -38,17 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     budget = min(args.prompt_tokens, pair.context - args.max_new_tokens)
     prompt = pack(pair.tokenizer, others, str(args.file.relative_to(args.folder)), head, budget)
     inputs = encode_prompts(pair, [prompt], chat=False)
-    set_seed(args)
     print(head, end="")
-    began = time.perf_counter()
-    output = pair.target.generate(
-        **inputs,
-        assistant_model=pair.draft,
-        generation_config=generation_config_of(args, pair.target),
-        streamer=TextStreamer(pair.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    seconds = time.perf_counter() - began
-    print(describe_output(output, inputs["input_ids"].shape[1], seconds), file=sys.stderr)
+    print_continuation(args, pair, inputs)
 
 
 def read_others(folder: Path, file: Path, glob: str) -> dict[str, str]:

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
-from transformers import TextStreamer
-
+from longspec_hf.cli.continuation import print_continuation
 from longspec_hf.cli.options import (
     add_decoding_options,
     add_pair_options,
-    generation_config_of,
     load_pair_of,
-    set_seed,
 )
 from longspec_hf.pairs import encode_prompts
-from longspec_hf.report import describe_output
 
 QUESTION = (
     "A farmer has 17 sheep. All but 9 run away, then half of the rest have one lamb each. How many are there now?"
@@ -39,15 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     if length + args.max_new_tokens > pair.context:
         args.max_new_tokens = pair.context - length
         print(f"The target's context of {pair.context} leaves {args.max_new_tokens} new tokens.", file=sys.stderr)
-    set_seed(args)
-    began = time.perf_counter()
-    output = pair.target.generate(
-        **inputs,
-        assistant_model=pair.draft,
-        generation_config=generation_config_of(args, pair.target),
-        streamer=TextStreamer(pair.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    print(describe_output(output, length, time.perf_counter() - began), file=sys.stderr)
+    print_continuation(args, pair, inputs)
 
 
 def make_parser() -> argparse.ArgumentParser:

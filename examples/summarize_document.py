@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase
 
+from longspec_hf.cli.continuation import print_continuation
 from longspec_hf.cli.options import (
     add_decoding_options,
     add_pair_options,
-    generation_config_of,
     load_pair_of,
-    set_seed,
 )
 from longspec_hf.pairs import encode_prompts
-from longspec_hf.report import describe_output
 
 DEFAULT_DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
 REQUEST = (
@@ -41,16 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     limit = room if args.document_tokens is None else min(room, args.document_tokens)
     prompt = REQUEST.format(document=cut(pair.tokenizer, document, limit))
     inputs = encode_prompts(pair, [prompt])
-    set_seed(args)
-    began = time.perf_counter()
-    output = pair.target.generate(
-        **inputs,
-        assistant_model=pair.draft,
-        generation_config=generation_config_of(args, pair.target),
-        streamer=TextStreamer(pair.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    seconds = time.perf_counter() - began
-    print(describe_output(output, inputs["input_ids"].shape[1], seconds), file=sys.stderr)
+    print_continuation(args, pair, inputs)
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, document: str, limit: int) -> str:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
-from transformers import TextStreamer
-
 from ..pairs import encode_prompts
-from ..report import describe_output
+from .continuation import print_continuation
 from .options import (
     add_decoding_options,
     add_pair_options,
-    generation_config_of,
     load_pair_of,
-    set_seed,
     warn_of_context,
 )
 
@@ -52,20 +47,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.file, args.prompt)
     pair = load_pair_of(args)
-    config = generation_config_of(args, pair.target)
     inputs = encode_prompts(pair, [prompt], args.chat, args.system)
     length = inputs["input_ids"].shape[1]
     warn_of_context(pair, length, args.max_new_tokens)
-    set_seed(args)
-    began = time.perf_counter()
-    output = pair.target.generate(
-        **inputs,
-        assistant_model=pair.draft,
-        generation_config=config,
-        streamer=TextStreamer(pair.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    if not args.quiet:
-        print(describe_output(output, length, time.perf_counter() - began), file=sys.stderr)
+    print_continuation(args, pair, inputs, args.quiet)
 
 
 def read_prompt(file: str | None, prompt: str | None) -> str:

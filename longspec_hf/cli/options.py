@@ -12,16 +12,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..pairs import DTYPES, EMBEDDED, Pair, load_pair
+from ..settings import TREE_SETTINGS
 
 SAMPLING = ("top_p", "top_k", "min_p")
-TREE = (
-    "tree_shape",
-    "max_tree_nodes",
-    "ngram_branch_length",
-    "ngram_min_match",
-    "recheck_near_ties",
-    "fallback_to_plain",
-)
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +92,7 @@ def generation_config_of(args: argparse.Namespace, target: PreTrainedModel) -> G
         fields["do_sample"] = False
     fields.pop("max_length", None)
     fields.pop("_from_model_config", None)  # with it, transformers drops the tree's settings
-    fields |= _given(args, ("repetition_penalty", *TREE))
+    fields |= _given(args, ("repetition_penalty", *TREE_SETTINGS))
     config = GenerationConfig(**fields, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True)
     if config.pad_token_id is None:  # else transformers says so at every call
         ends = config.eos_token_id
