@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import ScriptedDraft, learned, prompt, tiny_target
 
+from longspec_hf.hook import CACHE_ARG
 from longspec_hf.text import near_ties
 
 ULPS = 2  # a gap of two units in the last place of bf16 is within the rounding of one product
@@ -101,3 +102,24 @@ def test_weights_in_int8(dtype):  # C11
         for mode in ("wrong", "noisy"):
             draft = ScriptedDraft(model, plain, mode, recheck_near_ties=dtype is torch.bfloat16)
             assert torch.equal(plain, model.generate(ids, max_new_tokens=40, do_sample=False, assistant_model=draft))
+
+
+@pytest.mark.parametrize("every", [3, 4, 7])
+def test_a_hard_tie_leaves_plains_cache_bit_for_bit(target, monkeypatch, every):
+    """Rows that rounds have written are written again, one by one, up to the last tie and none left out."""
+    ids = prompt(10)
+    plain = target.generate(ids, max_new_tokens=60, do_sample=False, return_dict_in_generate=True)
+    draft = ScriptedDraft(target, plain.sequences, "oracle", recheck_near_ties=True)
+    ties = []
+
+    def draw_unless_tied(self, logits, ulps=None):
+        if ulps is not None:
+            ties.append(self.text.length - 1)  # rows of the cache at this tie
+            return None
+        return None if self.text.length % every == 0 else self.draw(logits)
+
+    monkeypatch.setattr("longspec_hf.text.TokenDrawer.draw_unless_tied", draw_unless_tied)
+    out = target.generate(ids, max_new_tokens=60, do_sample=False, assistant_model=draft, return_dict_in_generate=True)
+    assert torch.equal(plain.sequences, out.sequences) and len(ties) > 5
+    for ours, theirs in zip(out[CACHE_ARG].layers, plain[CACHE_ARG].layers, strict=True):
+        assert torch.equal(ours.keys[:, :, : ties[-1] + 1], theirs.keys[:, :, : ties[-1] + 1])

@@ -117,8 +117,15 @@ def test_plain_steps_and_rounds_may_alternate(target, monkeypatch):
             turn = iter(range(1000))
             monkeypatch.setattr(Pacer, "speculates", lambda self, t=turn, p=period: next(t) // p % 2 == 0)
             draft = scripted(target, ids[:1], 60, "noisy", fallback_to_plain=True)
+            one = len(inputs["input_ids"]) == 1
             out = target.generate(
-                **inputs, max_new_tokens=60, do_sample=False, assistant_model=draft, return_dict_in_generate=True
+                **inputs,
+                max_new_tokens=60,
+                do_sample=False,
+                assistant_model=draft,
+                return_dict_in_generate=True,
+                output_hidden_states=one,
             )
             assert torch.equal(plain, out.sequences)
+            assert not one or len(out.hidden_states) == 60
             assert out.speculation_stats.plain_steps > 5 and out.speculation_stats.rounds > 2
