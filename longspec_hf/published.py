@@ -11,7 +11,7 @@ class PublishedPair(NamedTuple):
     Attributes:
         target, draft: Hub repositories.
         context_length: of the target, in tokens.
-        dtype: of the target's published weights, recommended for both.
+        dtype: recommended for both.
     """
 
     target: str
