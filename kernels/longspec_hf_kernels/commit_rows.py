@@ -1,5 +1,6 @@
 """Moves the K/V rows of accepted tree nodes together, in all layers at once."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,10 +44,11 @@ class RowMover:
             )
             layout = (buffer.device, buffer.dtype, buffer.shape, buffer.stride())
             self._groups.setdefault(layout, []).append(buffer)
-        self._addresses = [
-            torch.tensor([buffer.data_ptr() for buffer in group], dtype=torch.int64, device=group[0].device)
-            for group in self._groups.values()
-        ]
+        self._addresses, self._alignments = [], []
+        for group in self._groups.values():
+            addresses = [buffer.data_ptr() for buffer in group]
+            self._addresses.append(torch.tensor(addresses, dtype=torch.int64, device=group[0].device))
+            self._alignments.append(math.gcd(*addresses))
 
     def move(self, lengths: torch.Tensor, visited: torch.Tensor, counts: torch.Tensor) -> None:
         """Copy row `lengths[b] + visited[b, i]` to row `lengths[b] + i`, for `1 <= i < counts[b]` in this order.
@@ -75,11 +77,11 @@ class RowMover:
             )
         if visited.numel() == 0:
             return
-        for group, addresses in zip(self._groups.values(), self._addresses, strict=True):
+        for group, addresses, alignment in zip(self._groups.values(), self._addresses, self._alignments, strict=True):
             if uses_triton(group[0]):
                 from .commit_rows_kernel import move_rows_triton
 
-                move_rows_triton(group[0], addresses, lengths, visited, counts)
+                move_rows_triton(group[0], addresses, alignment, lengths, visited, counts)
             else:
                 for buffer in group:
                     move_rows_torch(buffer, lengths, visited, counts)
