@@ -29,10 +29,10 @@ def move_rows_kernel(
     base = buffer + sequence * stride_b + head * stride_h
     for step in range(1, count):
         node = tl.load(visited + sequence * stride_visited_b + step * stride_visited_p)
+        node = tl.where(first + node < capacity, node, 0)
         if node > step:
-            if first + node < capacity:
-                row = tl.load(base + (first + node) * stride_n + word, mask=mask)
-                tl.store(base + (first + step) * stride_n + word, row, mask=mask)
+            row = tl.load(base + (first + node) * stride_n + word, mask=mask)
+            tl.store(base + (first + step) * stride_n + word, row, mask=mask)
 
 
 def word_bytes(*bytes_apart: int) -> int:

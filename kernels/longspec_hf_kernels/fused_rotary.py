@@ -121,14 +121,14 @@ def rotate_and_store(
         ValueError: a shape or dtype does not fit.
     """
     _validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
-    _validate_rotation(key, cos, sin, head_dim, key_norm, "key_norm", name="key")
     batch, heads = key.shape[0], key.shape[-1] // head_dim
     for name, tensor in (("key", key), ("value", value)):
         expect(
-            tensor.shape == key.shape and tensor.dtype == query.dtype,
-            f"`{name}` must be {query.dtype} of shape {list(key.shape)}, got {tensor.dtype} of shape "
-            f"{list(tensor.shape)}.",
+            tensor.shape == key.shape and tensor.dtype == query.dtype and tensor.stride(-1) == 1,
+            f"`{name}` must be {query.dtype} of shape {list(key.shape)} with a contiguous last dimension, got "
+            f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}.",
         )
+    _validate_rotation(key, cos, sin, head_dim, key_norm, "key_norm", name="key")
     for name, buffer in (("key_buffer", key_buffer), ("value_buffer", value_buffer)):
         fits = buffer.dim() == 4 and buffer.shape[0] >= batch and tuple(buffer.shape[1::2]) == (heads, head_dim)
         expect(
