@@ -26,11 +26,8 @@ class Beam:
     @property
     def depths(self) -> torch.Tensor:
         """`[B, N]` depth of each node, 1 for the root's children."""
-        device = self.token_ids.device
-        levels = torch.arange(1, len(self.widths) + 1, device=device)
-        return levels.repeat_interleave(torch.tensor(self.widths, dtype=torch.long, device=device)).expand_as(
-            self.token_ids
-        )
+        levels = self.token_ids.split(self.widths, dim=1) if self.widths else (self.token_ids,)
+        return torch.cat([torch.full_like(ids, depth) for depth, ids in enumerate(levels, 1)], dim=1)
 
     @staticmethod
     def empty(batch_size: int, device: torch.device) -> Beam:

@@ -66,8 +66,8 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         self.chain_cache = chain_cache
         self.chain_max_length = chain_max_length
         self.rows = [DraftedSequence(NgramIndex(settings.ngram_min_match)) for _ in range(sequences)]
-        # Only nodes that are expanded have K/V: the root and all levels but the last.
-        tree_rows = 1 + sum(settings.tree_shape[:-1])
+        # Only nodes that are expanded have K/V: the root and all levels but the last. A path's may come at once.
+        tree_rows = max(1 + sum(settings.tree_shape[:-1]), 1 + settings.depth)
         config = draft.config
         self.window = DraftWindow(
             config.sliding_window,
@@ -104,13 +104,19 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         lasts = torch.tensor([row.root_position for row in self.rows], device=self.draft.device)
         self._project(tails, lasts)
 
-    def append(self, token_ids: Sequence[Sequence[int]]) -> None:
-        """Read newly committed tokens of the first sequences; the last becomes the root of the next tree."""
+    def append(self, token_ids: Sequence[Sequence[int]], projected: bool = False) -> None:
+        """Read newly committed tokens of the first sequences; the last becomes the root of the next tree.
+
+        Args:
+            token_ids: of each sequence.
+            projected: whether the window holds the rows of all but the last already.
+        """
         for row, ids in zip(self.rows, token_ids, strict=False):
             row.index.extend(ids)
-            if row.root >= 0:
-                row.waiting.append(row.root)
-            row.waiting.extend(ids[:-1])
+            if not projected:
+                if row.root >= 0:
+                    row.waiting.append(row.root)
+                row.waiting.extend(ids[:-1])
             # What the window cannot hold need not be remembered.
             del row.waiting[: -self.draft.config.sliding_window]
             row.root = ids[-1]

@@ -38,6 +38,7 @@ from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
+from .engine import Engine, reason_against_engine
 from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_layers, reason_of_rope
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
@@ -222,7 +223,12 @@ def _longspec_decoding(
         for row in range(input_ids.shape[0])
     ]
     runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, prompts.starts)
-    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length).run()
+
+    def make_engine() -> Engine | None:
+        reason = reason_against_engine(target, draft, bound, settings, cache, runner.hidden_states is not None)
+        return None if reason else Engine(target, generator, cache)
+
+    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, make_engine).run()
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):

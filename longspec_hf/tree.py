@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from longspec_hf_kernels import pack_ancestor_bits
+from torch.nn import functional as F
 
 from .beam import Beam
 
@@ -102,23 +103,21 @@ def merge(
 
 def _shared_path(beam: Beam, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Beam nodes on the branch: their mask `[B, N]`, the deepest one's index (-1: root) and depth `[B, 1]`."""
-    batch_size, count = beam.token_ids.shape
-    shared = torch.zeros(batch_size, count, dtype=torch.bool, device=branch.device)
-    last = torch.full((batch_size, 1), -1, dtype=torch.long, device=branch.device)
-    depth = torch.zeros_like(last)
-    start = 0
-    for level, width in enumerate(beam.widths[: branch.shape[1]]):
-        nodes = slice(start, start + width)
-        on_branch = (beam.token_ids[:, nodes] == branch[:, level : level + 1]) & (beam.parents[:, nodes] == last)
-        # A path that has left the branch must not come back: only rows that shared the whole way may go on.
-        on_branch &= depth == level
-        shared[:, nodes] = on_branch
-        found = on_branch.any(dim=1, keepdim=True)
-        index = on_branch.to(torch.uint8).argmax(dim=1, keepdim=True) + start
-        last = torch.where(found, index, last)
-        depth = depth + found
-        start += width
-    return shared, last, depth
+    depths, levels = beam.depths, len(beam.widths)
+    if not levels or not branch.shape[1]:
+        nothing = branch.new_zeros(branch.shape[0], 1)
+        return torch.zeros_like(beam.token_ids, dtype=torch.bool), nothing - 1, nothing
+    wanted = F.pad(branch, (0, max(0, levels - branch.shape[1])), value=-1).gather(1, depths - 1)
+    # The root stands first; a node is on the branch if it and all nodes above it have the branch's tokens.
+    on_branch = F.pad(beam.token_ids == wanted, (1, 0), value=True)
+    jump = F.pad(beam.parents + 1, (1, 0))
+    for _ in range((levels - 1).bit_length()):
+        on_branch = on_branch & on_branch.gather(1, jump)
+        jump = jump.gather(1, jump)
+    shared = on_branch[:, 1:]
+    index = torch.arange(shared.shape[1], device=shared.device)
+    last = torch.where(shared, index, -1).amax(dim=1, keepdim=True)
+    return shared, last, torch.where(shared, depths, 0).amax(dim=1, keepdim=True)
 
 
 def _select(
@@ -145,13 +144,18 @@ def _select(
     )
 
 
-def ancestor_matrix(parents: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Boolean `[B, T, T]`: entry (i, j) says that node j is node i or an ancestor of it."""
+def ancestor_matrix(parents: torch.Tensor, valid: torch.Tensor, depth: int | None = None) -> torch.Tensor:
+    """Boolean `[B, T, T]`: entry (i, j) says that node j is node i or an ancestor of it.
+
+    Args:
+        parents, valid: of a tree.
+        depth: of its deepest node at most, if known.
+    """
     count = parents.shape[1]
     matrix = torch.eye(count, dtype=torch.bool, device=parents.device).expand(parents.shape[0], -1, -1).clone()
-    # Rows doubled at each step: after k steps a node knows 2**k generations.
+    # Rows doubled at each step: after k steps a node knows itself and 2**k - 1 generations.
     jump = parents
-    for _ in range(max(1, (count - 1).bit_length())):
+    for _ in range((count - 1 if depth is None else min(depth, count - 1)).bit_length()):
         matrix |= matrix.gather(1, jump.unsqueeze(-1).expand(-1, -1, count))
         jump = jump.gather(1, jump)
     return matrix & valid.unsqueeze(-1)
