@@ -11,7 +11,7 @@ import torch
 from .cache import LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
 from .engine import Engine
-from .pacing import Pacer
+from .pacing import ENGINE_CERTAIN, ENGINE_PATIENCE, Pacer
 from .prompts import Prompts
 from .settings import TreeSettings
 from .stats import SpeculationStats
@@ -102,6 +102,9 @@ class Decoder:
             self._restore_order()
             self.cache.truncate(rows_before)
             raise
+        finally:
+            if self.engine is not None:
+                self.engine.close()
         if self.pacer.pauses:
             self.stats.pauses = self.pacer.pauses
             self.stats.fallback_reason = (
@@ -122,6 +125,8 @@ class Decoder:
         self.generator.start(prompts.token_ids, prompts.positions, prompts.embeds)
         self.generator.append([[token] for token, _ in drawn])
         self.engine = self.make_engine()
+        if self.engine is not None:
+            self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, ENGINE_CERTAIN)
         self._retire([stopped for _, stopped in drawn])
         if self.engine is not None and self.active:
             self.engine.load(self._limits(), self.starts)
@@ -130,18 +135,23 @@ class Decoder:
         """One forward of the target and what belongs to it."""
         sequences, speculates = self.active, self.pacer.speculates()
         settings = self.settings if speculates else self.settings.limited_to(0)
+        usual = True
         if self.engine is not None:
-            self.engine.prepare(settings, self._is_greedy())
+            greedy = self._is_greedy()
+            self.engine.prepare(settings, greedy)
+            usual = self.engine.replays(settings, greedy)
         began = time.perf_counter()
-        if speculates:
-            committed, full = self._round() if self.engine is None else self._engine_round(self.engine, settings)
-            self.pacer.add_round(time.perf_counter() - began, committed / sequences, full)
+        if self.engine is not None:
+            committed, full = self._engine_round(self.engine, settings)
+        elif speculates:
+            committed, full = self._round()
         else:
-            if self.engine is None:
-                self._plain_step()
-            else:
-                self._engine_round(self.engine, settings)
-            self.pacer.add_plain(time.perf_counter() - began)
+            self._plain_step()
+        seconds = time.perf_counter() - began if usual else None
+        if speculates:
+            self.pacer.add_round(seconds, committed / sequences, full)
+        else:
+            self.pacer.add_plain(seconds)
 
     def _limits(self) -> list[int]:
         """Deepest node that each sequence's tree may have."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_ONE_AT_A_TIME = threading.Lock()
 SIDE_STREAMS = 2
+_ONE_AT_A_TIME = threading.Lock()
+_THREAD = threading.local()
 
 
-@functools.cache
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    """Streams of a device for captures and for what runs beside them: few, since libraries keep memory for each."""
-    return tuple(torch.cuda.Stream(device) for _ in range(1 + SIDE_STREAMS))
+    """This thread's streams for captures and for what runs beside them: few, since libraries keep memory for each."""
+    known = _THREAD.__dict__.setdefault("streams", {})
+    if device not in known:
+        # PyTorch hands out its streams in turn; of the urgent ones hardly anybody else has one.
+        known[device] = tuple(torch.cuda.Stream(device, priority=-1) for _ in range(1 + SIDE_STREAMS))
+    return known[device]
 
 
 class Captured:
@@ -39,6 +43,11 @@ class Captured:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Any = None
 
+    @property
+    def replays(self) -> bool:
+        """Whether the next call only replays, or runs as it is for good."""
+        return self.graph is not None or (self.calls > 0 and self.device.type != "cuda")
+
     def prepare(self) -> None:
         """Capture if the next call shall be a replay."""
         if self.calls == 0 or self.graph is not None or self.device.type != "cuda":
@@ -53,8 +62,15 @@ class Captured:
             finally:
                 graph.capture_end()
 
+        # A graph that the collector finds meanwhile would be destroyed within the capture, which breaks it.
+        collects = gc.isenabled()
         with _ONE_AT_A_TIME:
-            self.result = self._beside(capture)
+            gc.disable()
+            try:
+                self.result = self._beside(capture)
+            finally:
+                if collects:
+                    gc.enable()
         self.graph = graph
 
     def __call__(self) -> Any:

@@ -88,6 +88,15 @@ class Engine:
             if (tensor := getattr(old, name)) is not None:
                 tensor.copy_(getattr(fresh, name))
 
+    def close(self) -> None:
+        """Free the graphs now; they hold themselves, and a collection in somebody's capture would break that."""
+        self._graphs.clear()
+        self._state = None
+
+    def replays(self, settings: TreeSettings, greedy: bool) -> bool:
+        """Whether the next such round is a replay, and so worth timing."""
+        return self._captured("greedy" if greedy else "verify", settings).replays
+
     def prepare(self, settings: TreeSettings, greedy: bool) -> None:
         """Do what a round needs done beforehand and now and then: room in the buffers, the window's move, captures."""
         state = self.state
@@ -180,6 +189,9 @@ class Engine:
         cos, sin = bound.position_embeddings(
             torch.minimum(state.root_positions + steps, last), bound.embed_tokens(state.roots)
         )
+        if not settings.depth:
+            root = TokenTree.root_only(state.roots)
+            return Drafted(root, root.valid.unsqueeze(-1), cos, sin)
         beam = self.forward.beam(state, settings.tree_shape, cos, sin)
         branch = state.branches[:, : settings.ngram_branch_length]
         tree = merge(state.roots, beam, branch, settings.max_tree_nodes, state.limits)
