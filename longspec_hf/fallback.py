@@ -92,15 +92,10 @@ def reason_of_modules(target: nn.Module) -> str | None:
     """
     for module in target.modules():
         kind = type(module)
-        threshold = (
-            getattr(getattr(module, "state", None), "threshold", 0.0) if kind.__name__ == "Linear8bitLt" else 0.0
-        )
-        if threshold > 0.0:
-            return (
-                f"layers of type {kind.__name__} treat outliers by the whole forward (`llm_int8_threshold` is not 0)"
-            )
         if kind.__module__.startswith("torch.ao.nn.quantized.dynamic"):
-            return "dynamically quantised layers scale their inputs by the whole forward"
+            return "its dynamically quantised layers scale their inputs by the whole forward"
+        if kind.__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0.0) > 0.0:
+            return "its int8 layers find outliers in the whole forward (`llm_int8_threshold=0.0` would not)"
     return None
 
 
