@@ -39,7 +39,14 @@ from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
 from .engine import Engine, reason_against_engine
-from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_layers, reason_of_rope
+from .fallback import (
+    reason_of_batch,
+    reason_of_config,
+    reason_of_inputs,
+    reason_of_layers,
+    reason_of_modules,
+    reason_of_rope,
+)
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
 from .prompts import read_prompts
@@ -184,6 +191,7 @@ def _longspec_decoding(
     reason = (
         reason_of_config(generation_config, settings, synced_gpus)
         or reason_of_layers(text_config)
+        or reason_of_modules(target)
         or reason_of_inputs(model_kwargs, CACHE_ARG, generation_config)
         or reason_of_rope(text_config, prompts.positions.shape[1], generation_config.max_length)
     )

@@ -28,6 +28,7 @@ from .draft_attention import (
     cross_attention_mask,
     masked_attention,
     shifted_causal_attention,
+    shifted_window_attention,
     window_mask,
 )
 
@@ -227,6 +228,7 @@ class LongSpecDraftModel(PreTrainedModel):
         target_value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cross_attention_shift: int = 1,
+        target_window: int | None = None,
     ) -> LongSpecDraftOutput:
         """Run the layer over a whole text, as in training.
 
@@ -238,12 +240,14 @@ class LongSpecDraftModel(PreTrainedModel):
                 without a mask faster kernels are used.
             cross_attention_shift: query p sees target rows 0 .. p - shift. The first `shift` queries see none, and
                 their cross-attention output is zero.
+            target_window: of a target layer with a sliding window, the keys that its own queries see; here a query
+                sees the newest `target_window - 1` of the rows named above, as at inference.
         """
         length, scale = inputs_embeds.shape[1], self.config.head_dim**-0.5
         window, shift = self.config.sliding_window, cross_attention_shift
         if attention_mask is not None:
             near = window_mask(length, window, inputs_embeds.device, attention_mask)
-            before = cross_attention_mask(length, shift, inputs_embeds.device, attention_mask)
+            before = cross_attention_mask(length, shift, inputs_embeds.device, attention_mask, target_window)
 
         def attend_window(q: torch.Tensor, k: Any, v: Any) -> torch.Tensor:
             if attention_mask is None:
@@ -251,8 +255,10 @@ class LongSpecDraftModel(PreTrainedModel):
             return masked_attention(q, k, v, near, scale)
 
         def attend_target(q: torch.Tensor, *_: Any) -> torch.Tensor:
-            if attention_mask is None:
+            if attention_mask is None and target_window is None:
                 return shifted_causal_attention(q, target_key, target_value, shift, scale)
+            if attention_mask is None:
+                return shifted_window_attention(q, target_key, target_value, shift, target_window, scale)
             return masked_attention(q, target_key, target_value, before, scale)
 
         cos, sin = position_embeddings

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .configuration_longspec import LongSpecDraftConfig
-from .few_rows_linear import linear
 from .modeling_longspec import LongSpecDraftModel
+from .target_head import TargetHead
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -22,21 +22,21 @@ class BoundTarget:
 
     Attributes:
         layer_idx: the target layer whose cache the cross-attention reads.
+        layer_window: keys a query of that layer sees, its own included; `None` for all.
         rotary_layer_type: kind of that layer, where the rotary module has a table per kind (Gemma 3), else `None`.
         rotary_axes: axes of a position (3 in Qwen2-VL's family), all the same in text.
-        head_weight: `[proposable tokens, hidden]`, the target's head, gathered to the draft vocabulary.
-        head_bias: `[proposable tokens]` or `None`.
+        head: the target's head, over the tokens that the draft may propose.
         token_ids: `[proposable tokens]` names of the head's rows, `None` when they are 0, 1, 2, ...
     """
 
     embed_tokens: nn.Module
     rotary_emb: nn.Module
     norm: nn.Module | None
-    head_weight: torch.Tensor
-    head_bias: torch.Tensor | None
+    head: TargetHead
     token_ids: torch.Tensor | None
     logit_softcap: float | None
     layer_idx: int
+    layer_window: int | None
     rotary_layer_type: str | None
     rotary_axes: int = 1
 
@@ -51,7 +51,7 @@ class BoundTarget:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores `[..., proposable tokens]` of the layer's output `[..., hidden]`, in fp32 (fp64 stays fp64)."""
         hidden = hidden if self.norm is None else self.norm(hidden)
-        logits = linear(hidden, self.head_weight, self.head_bias)
+        logits = self.head.scores(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
@@ -98,21 +98,16 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         )
     layer_idx = resolve_layer_idx(draft.config, text)
     tables_per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    token_ids = None
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if draft.config.draft_vocab_size is not None:
-        token_ids = draft.draft_token_ids
-        weight = weight[token_ids]
-        bias = None if bias is None else bias[token_ids]
+    token_ids = None if draft.config.draft_vocab_size is None else draft.draft_token_ids
     return BoundTarget(
         embed_tokens=target.get_input_embeddings(),
         rotary_emb=rotary,
         norm=_final_norm(decoder) if draft.config.use_target_final_norm else None,
-        head_weight=weight,
-        head_bias=bias,
+        head=TargetHead.of(head, expected.vocab_size, token_ids),
         token_ids=token_ids,
         logit_softcap=getattr(text, "final_logit_softcapping", None),
         layer_idx=layer_idx,
+        layer_window=_window_of_layer(text, layer_idx),
         rotary_layer_type=text.layer_types[layer_idx] if tables_per_kind else None,
         rotary_axes=3 if hasattr(rotary, "mrope_section") else 1,
     )
@@ -135,6 +130,12 @@ def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
             f"{draft_config.target_layer_idx}."
         )
     return draft_config.target_layer_idx % count
+
+
+def _window_of_layer(text_config, layer_idx: int) -> int | None:
+    """Keys a query of this layer sees, as the target's own cache has it."""
+    layers = DynamicCache(config=text_config).layers  # shorter where the last layers read the cache of earlier ones
+    return getattr(layers[layer_idx], "sliding_window", None) if layer_idx < len(layers) else None
 
 
 def is_compiled(target: PreTrainedModel) -> bool:

@@ -14,7 +14,6 @@ from longspec_hf_kernels import (
     rotate,
     rotate_and_store,
 )
-from torch.nn import functional as F
 
 from ..beam import Beam, children_visibility
 from ..cache import LongSpecCache
@@ -151,7 +150,7 @@ class DraftForward:
         if self.bound.norm is not None:
             norm = self.bound.norm
             hidden, _ = add_rms_norm(hidden, None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
-        return F.linear(hidden, self.bound.head_weight, self.bound.head_bias)
+        return self.bound.head.scores(hidden)
 
     def _norm(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: torch.nn.RMSNorm

@@ -59,13 +59,22 @@ def repeated_share(token_ids: Sequence[int], n: int = LOOP_NGRAM) -> float:
 
 
 class _KnownLayer:
-    """Rows of a whole text of which the first `length` are committed."""
+    """Rows of a whole text of which the first `length` are committed; the draft sees those, or a window of them."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values, self.length = keys, values, 0
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> None:
+        self._rows, self._window, self.length = (keys, values), window, 0
 
-    def get_seq_length(self) -> int:
-        return self.length
+    @property
+    def _seen(self) -> slice:
+        return slice(0 if self._window is None else max(self.length - self._window + 1, 0), self.length)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._rows[0][:, :, self._seen]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._rows[1][:, :, self._seen]
 
 
 class _KnownCache:
@@ -102,7 +111,7 @@ def replay(
     ids = text.prompt_ids + text.output_ids
     positions = torch.arange(len(ids), device=draft.device)
     states = read_target(target, bound.layer_idx, torch.tensor([ids], device=draft.device), positions.unsqueeze(0))
-    layer = _KnownLayer(states.key, states.value)
+    layer = _KnownLayer(states.key, states.value, bound.layer_window)
     cache: Any = _KnownCache(bound.layer_idx, layer)
     results = []
     for setting in settings:

@@ -79,7 +79,7 @@ class LongSpecTrainer(Trainer):
         self._loss_shifts_labels = True
         self._micro_batch = (-1, 0)
         self._sums: dict[str, torch.Tensor] = {}
-        self._borrowed: tuple[BoundTarget, torch.Tensor | None] | None = None
+        self._borrowed: tuple[BoundTarget, FrozenHead, torch.Tensor | None] | None = None
         if args.muon:
             from .muon import MuonWithAdamW, muon_settings  # needs a newer torch than the rest
 
@@ -120,7 +120,7 @@ class LongSpecTrainer(Trainer):
     def loss_sums(self, model: nn.Module, inputs: dict[str, torch.Tensor], shifts: list[int]) -> LossSums:
         """Loss sums of a batch whose rows are split evenly among cross-attention `shifts`."""
         draft = _draft_of(self.accelerator.unwrap_model(model))
-        bound, _ = self._bound()
+        bound, *_ = self._bound()
         states = read_target(self.target_model, bound.layer_idx, inputs["input_ids"], inputs["position_ids"])
         embeds = bound.embed_tokens(inputs["input_ids"]).detach()
         cos, sin = bound.position_embeddings(inputs["position_ids"], embeds)
@@ -135,6 +135,7 @@ class LongSpecTrainer(Trainer):
                 target_key=key[rows],
                 target_value=value[rows],
                 cross_attention_shift=shift,
+                target_window=bound.layer_window,
             )
             hidden.append(outputs.last_hidden_state)
         return self._losses(torch.cat(hidden), states.hidden, inputs["labels"], bound)
@@ -145,15 +146,15 @@ class LongSpecTrainer(Trainer):
         # The state at p predicts the token at p + 1; the last state of a row predicts nothing.
         hidden, labels = hidden[:, :-1], labels[:, 1:]
         mask = labels != IGNORED
-        _, rows = self._bound()
+        _, head, rows = self._bound()
         if rows is not None:
             labels = torch.where(mask, rows[labels.clamp(min=0)], IGNORED)
-        device, dtype = bound.head_weight.device, bound.head_weight.dtype
+        device, dtype = head.weight.device, head.weight.dtype
         hidden = hidden.to(device)
         hidden = hidden if bound.norm is None else bound.norm(hidden)
         return chunked_loss(
             hidden.flatten(0, 1).to(dtype),
-            FrozenHead(bound.head_weight, bound.head_bias, bound.logit_softcap),
+            head,
             labels.flatten().to(device),
             teacher_hidden[:, :-1].flatten(0, 1).to(device, dtype),
             mask.flatten().to(device),
@@ -168,12 +169,15 @@ class LongSpecTrainer(Trainer):
         self._borrowed = None  # a checkpoint may bring another draft vocabulary
         return super().train(*args, **kwargs)
 
-    def _bound(self) -> tuple[BoundTarget, torch.Tensor | None]:
-        """What the draft borrows from the target, and each token's row in the draft vocabulary; made once."""
+    def _bound(self) -> tuple[BoundTarget, FrozenHead, torch.Tensor | None]:
+        """What the draft borrows, the head's matrix, and each token's row in the draft vocabulary; made once."""
         if self._borrowed is None:
             draft = _draft_of(self.accelerator.unwrap_model(self.model))
             bound = bind(draft, self.target_model, mixed_precision=True)
-            self._borrowed = bound, rows_of_tokens(bound.token_ids, draft.config.vocab_size)
+            decoder = self.target_model.get_decoder()
+            weight, bias = bound.head.matrix(draft.config.hidden_size, decoder.dtype, decoder.device)
+            head = FrozenHead(weight, bias, bound.logit_softcap)
+            self._borrowed = bound, head, rows_of_tokens(bound.token_ids, draft.config.vocab_size)
         return self._borrowed
 
     def _draw_shifts(self, groups: int) -> list[int]:
