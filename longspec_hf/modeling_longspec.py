@@ -170,6 +170,9 @@ class LongSpecDraftModel(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
+    def get_input_embeddings(self) -> None:
+        """`None`: token embeddings are the target's."""
+
     def layer(
         self,
         x: torch.Tensor,

@@ -146,11 +146,13 @@ class TauEvaluator:
         self.texts = list(texts)
         self.trees = dict(DEFAULT_TREES if trees is None else trees)
 
-    def rows(self, draft: LongSpecDraftModel, target: PreTrainedModel) -> list[dict[str, Any]]:
-        """One row per text and tree: sizes, rounds, tokens and tau."""
+    def rows(
+        self, draft: LongSpecDraftModel, target: PreTrainedModel, part: slice = slice(None)
+    ) -> list[dict[str, Any]]:
+        """One row per text (of `part` of the texts) and tree: sizes, rounds, tokens and tau."""
         draft = _as_target(draft, target)
         rows = []
-        for text in self.texts:
+        for text in self.texts[part]:
             for tree, stats in zip(self.trees, replay(draft, target, text, list(self.trees.values())), strict=True):
                 rows.append(
                     {
