@@ -44,10 +44,10 @@ def check_sharding(model: nn.Module, target: PreTrainedModel, args: Any, acceler
             "`target_model` was partitioned by ZeRO-3 while it was loaded, and nobody would gather its weights. Set "
             "`zero3_init_flag: false`, as `examples/accelerate/deepspeed_zero3.yaml` does."
         )
-    devices = {torch.device(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
+    devices = {str(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
     if args.world_size > 1 and len(devices) > 1:
         raise ValueError(
-            f"`target_model` is split over {sorted(map(str, devices))} in each of {args.world_size} processes. Load "
+            f"`target_model` is split over {sorted(devices)} in each of {args.world_size} processes. Load "
             "it whole on the process's own device (leave `device_map` out), or train in one process."
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -62,7 +62,9 @@ def check_sharding(model: nn.Module, target: PreTrainedModel, args: Any, acceler
 
 def _check_fsdp(plugin: Any, model: nn.Module) -> None:
     if plugin.fsdp_version != 2:
-        raise ValueError(f"`fsdp_version` must be 2, got {plugin.fsdp_version}. `examples/accelerate/fsdp2.yaml` has it.")
+        raise ValueError(
+            f"`fsdp_version` must be 2, got {plugin.fsdp_version}. `examples/accelerate/fsdp2.yaml` has it."
+        )
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "`fsdp_cpu_ram_efficient_loading` is on: the target, which is not sharded, would be loaded in the first "

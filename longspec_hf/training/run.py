@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
 
 from ..embedded import embedded_target_folder
 from ..modeling_longspec import LongSpecDraftModel
