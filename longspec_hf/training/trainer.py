@@ -33,8 +33,8 @@ class LongSpecTrainer(Trainer):
     Per batch: one forward of the target without gradients, keeping one layer's K/V and the final hidden state; one
     forward of the draft with its cross-attention shifted by a drawn number of tokens; cross-entropy and KL in chunks.
     The loss is the sum over positions whose next token is labelled, divided by their number. In several processes
-    (DDP, FSDP2, DeepSpeed; `examples/accelerate/`) each has the whole target, rows, offsets and shifts are those of one
-    process with the whole batch, and losses are means over all of them. One process uses one GPU.
+    (DDP, FSDP2, DeepSpeed; `examples/accelerate/`) each has the whole target; rows, offsets and shifts are those of
+    one process with the whole batch, and losses are means over all of them. One process uses one GPU.
 
     Args:
         model: the draft. Half-precision weights become fp32 master weights; use `bf16=True` for speed.
@@ -113,7 +113,7 @@ class LongSpecTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of a batch `input_ids`, `position_ids`, `labels` `[B, T]`; its mean over processes is the step's."""
+        """Mean loss of a batch `input_ids`, `position_ids`, `labels` `[B, T]`; the step's is the mean over processes."""
         labelled = inputs["labels"][:, 1:] != IGNORED
         count = labelled.sum() if num_items_in_batch is None else num_items_in_batch
         shifts = self._draw_shifts(min(self.args.shift_groups, len(labelled)))
