@@ -123,10 +123,16 @@ class Decoder:
         sequences = self.active
         if self.pacer.speculates():
             committed, full = self._round()
-            self.pacer.add_round(time.perf_counter() - began, committed / sequences, full)
+            self.pacer.add_round(self._seconds_since(began), committed / sequences, full)
         else:
             self._plain_step()
-            self.pacer.add_plain(time.perf_counter() - began)
+            self.pacer.add_plain(self._seconds_since(began))
+
+    def _seconds_since(self, began: float) -> float:
+        seconds, parallel = time.perf_counter() - began, self.generator.bound.parallel
+        if parallel is None or not self.pacer.enabled:
+            return seconds
+        return parallel.agree_on_seconds(seconds)  # else processes would go over to plain steps at different times
 
     def _round(self) -> tuple[int, bool]:
         """Draft, verify, walk, commit; returns the tokens committed and whether all trees were used to the end."""

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .configuration_longspec import LongSpecDraftConfig
 from .few_rows_linear import linear
 from .modeling_longspec import LongSpecDraftModel
+from .placement import draft_device, resolve_layer_idx
+from .tensor_parallel import TensorParallel
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -20,6 +23,8 @@ FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 class BoundTarget:
     """A target as its draft sees it. Nothing here is stored on either model.
 
+    Its parts may lie on other devices than the draft: ids and hidden states go there, rows and logits come back.
+
     Attributes:
         layer_idx: the target layer whose cache the cross-attention reads.
         rotary_layer_type: kind of that layer, where the rotary module has a table per kind (Gemma 3), else `None`.
@@ -27,6 +32,8 @@ class BoundTarget:
         head_weight: `[proposable tokens, hidden]`, the target's head, gathered to the draft vocabulary.
         head_bias: `[proposable tokens]` or `None`.
         token_ids: `[proposable tokens]` names of the head's rows, `None` when they are 0, 1, 2, ...
+        head: the head itself, where rows cannot be taken from its weight: offloaded or sharded over processes.
+        parallel: the processes that share the target, `None` if it is not sharded.
     """
 
     embed_tokens: nn.Module
@@ -39,19 +46,30 @@ class BoundTarget:
     layer_idx: int
     rotary_layer_type: str | None
     rotary_axes: int = 1
+    head: nn.Module | None = None
+    parallel: TensorParallel | None = None
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[..., hidden]` of tokens `[...]`, on their device."""
+        return self.embed_tokens(_beside(token_ids, self.embed_tokens)).to(token_ids.device)
 
     def position_embeddings(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(cos, sin)` `[B, T, rotary_dim]` of positions `[B, T]`, in the dtype and on the device of `like`."""
-        if self.rotary_layer_type is not None:
-            return self.rotary_emb(like, position_ids, self.rotary_layer_type)
+        kind = () if self.rotary_layer_type is None else (self.rotary_layer_type,)
         if self.rotary_axes > 1:
             position_ids = position_ids.expand(self.rotary_axes, -1, -1)
-        return self.rotary_emb(like, position_ids)
+        cos, sin = self.rotary_emb(like, position_ids, *kind)
+        return cos.to(like.device), sin.to(like.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores `[..., proposable tokens]` of the layer's output `[..., hidden]`, in fp32 (fp64 stays fp64)."""
-        hidden = hidden if self.norm is None else self.norm(hidden)
-        logits = linear(hidden, self.head_weight, self.head_bias)
+        device = hidden.device
+        hidden = hidden if self.norm is None else self.norm(_beside(hidden, self.norm))
+        if self.head is None:
+            logits = linear(hidden.to(self.head_weight.device), self.head_weight, self.head_bias).to(device)
+        else:
+            logits = self.head(_beside(hidden, self.head)).to(device)
+            logits = logits if self.token_ids is None else logits[..., self.token_ids]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
@@ -63,7 +81,7 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
 
     Args:
         draft, target: the pair.
-        mixed_precision: let dtypes differ, as in training, where the draft has fp32 master weights.
+        mixed_precision: let dtypes and devices differ, as in training, where the draft has fp32 master weights.
 
     Raises:
         ValueError: sizes, device or dtype do not fit, or the target has no part the draft needs; the message names
@@ -91,19 +109,21 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
             f"`assistant_model` has dtype {draft.dtype}, expected the target's {decoder.dtype}. Load it with "
             f"`dtype={decoder.dtype}` or call `draft.to({decoder.dtype})`."
         )
-    if draft.device != decoder.device:
+    device = draft_device(draft.config, target)
+    if draft.device != device and not mixed_precision:
         raise ValueError(
-            f"`assistant_model` is on device {draft.device}, expected the target's {decoder.device}. Call "
-            f"`draft.to({str(decoder.device)!r})`."
+            f"`assistant_model` is on device {draft.device}, expected {device}, where the target layer it reads is. "
+            f"Call `draft.to({str(device)!r})`."
         )
     layer_idx = resolve_layer_idx(draft.config, text)
     tables_per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    token_ids = None
+    token_ids = draft.draft_token_ids if draft.config.draft_vocab_size is not None else None
     weight, bias = head.weight, getattr(head, "bias", None)
-    if draft.config.draft_vocab_size is not None:
-        token_ids = draft.draft_token_ids
-        weight = weight[token_ids]
-        bias = None if bias is None else bias[token_ids]
+    whole = not has_no_rows(head)
+    if token_ids is not None and whole:
+        rows = token_ids.to(weight.device)
+        weight = weight[rows].to(draft.device)
+        bias = None if bias is None else bias[rows].to(draft.device)
     return BoundTarget(
         embed_tokens=target.get_input_embeddings(),
         rotary_emb=rotary,
@@ -115,26 +135,20 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         layer_idx=layer_idx,
         rotary_layer_type=text.layer_types[layer_idx] if tables_per_kind else None,
         rotary_axes=3 if hasattr(rotary, "mrope_section") else 1,
+        head=None if whole else head,
+        parallel=TensorParallel.of(target, draft.config),
     )
 
 
-def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
-    """Index of the target layer the draft cross-attends to; -1 is the last full-attention layer.
+def has_no_rows(head: nn.Module) -> bool:
+    """Whether the weight of `head` is offloaded, or sharded over processes."""
+    return isinstance(head.weight, DTensor) or bool(head.weight.is_meta)
 
-    Raises:
-        ValueError: the target has no such layer.
-    """
-    count = text_config.num_hidden_layers
-    types = getattr(text_config, "layer_types", None) or ["full_attention"] * count
-    if draft_config.target_layer_idx == -1:
-        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-        return full[-1] if full else count - 1
-    if not -count <= draft_config.target_layer_idx < count:
-        raise ValueError(
-            f"`target_layer_idx` must be -1 or name one of the target's {count} layers, got "
-            f"{draft_config.target_layer_idx}."
-        )
-    return draft_config.target_layer_idx % count
+
+def _beside(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """`x` on the device of the module's weight; where that is offloaded accelerate moves `x` itself."""
+    weight = getattr(module, "weight", None)
+    return x if weight is None or weight.is_meta else x.to(weight.device)
 
 
 def is_compiled(target: PreTrainedModel) -> bool:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..modeling_longspec import LongSpecDraftModel
+from ..target import has_no_rows
 
 
 def check_deepspeed(args: TrainingArguments) -> None:
@@ -43,6 +44,11 @@ def check_sharding(model: nn.Module, target: PreTrainedModel, args: Any, acceler
         raise ValueError(
             "`target_model` was partitioned by ZeRO-3 while it was loaded, and nobody would gather its weights. Set "
             "`zero3_init_flag: false`, as `examples/accelerate/deepspeed_zero3.yaml` does."
+        )
+    if has_no_rows(target.get_output_embeddings()):
+        raise ValueError(
+            "`target_model` has a head that is offloaded or sharded over processes, and the loss needs its rows in "
+            "every step. Keep it whole on a device (`device_map`), or quantise the target."
         )
     devices = {str(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
     if args.world_size > 1 and len(devices) > 1:

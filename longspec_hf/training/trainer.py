@@ -113,7 +113,7 @@ class LongSpecTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of a batch `input_ids`, `position_ids`, `labels` `[B, T]`; the step's is the mean over processes."""
+        """Mean loss of a batch `input_ids`, `position_ids`, `labels` `[B, T]`, scaled so that processes average it."""
         labelled = inputs["labels"][:, 1:] != IGNORED
         count = labelled.sum() if num_items_in_batch is None else num_items_in_batch
         shifts = self._draw_shifts(min(self.args.shift_groups, len(labelled)))
@@ -131,7 +131,7 @@ class LongSpecTrainer(Trainer):
         draft = _draft_of(self.accelerator.unwrap_model(model))
         bound, _ = self._bound()
         states = read_target(self.target_model, bound.layer_idx, inputs["input_ids"], inputs["position_ids"])
-        embeds = bound.embed_tokens(inputs["input_ids"]).detach()
+        embeds = bound.embed(inputs["input_ids"]).detach()
         cos, sin = bound.position_embeddings(inputs["position_ids"], embeds)
         embeds, cos, sin, key, value = (x.to(draft.device, draft.dtype) for x in (embeds, cos, sin, *states[:2]))
         parts = torch.arange(len(embeds)).chunk(len(shifts))
@@ -159,7 +159,7 @@ class LongSpecTrainer(Trainer):
             labels = torch.where(mask, rows[labels.clamp(min=0)], IGNORED)
         device, dtype = bound.head_weight.device, bound.head_weight.dtype
         hidden = hidden.to(device)
-        hidden = hidden if bound.norm is None else bound.norm(hidden)
+        hidden = hidden if bound.norm is None else bound.norm(hidden).to(device)
         return chunked_loss(
             hidden.flatten(0, 1).to(dtype),
             FrozenHead(bound.head_weight, bound.head_bias, bound.logit_softcap),
