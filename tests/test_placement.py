@@ -59,8 +59,6 @@ def test_offloaded_parts_give_the_same_text(tmp_path, offloaded, vocabulary):
     draft = learned(target, draft_vocab_size=vocabulary)
     ids = prompt(20)
     plain = target.generate(ids, max_new_tokens=20, do_sample=False)
-    out = target.generate(
-        ids, assistant_model=draft, max_new_tokens=20, do_sample=False, return_dict_in_generate=True
-    )
+    out = target.generate(ids, assistant_model=draft, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, plain)
     assert out.speculation_stats.fallback_reason is None

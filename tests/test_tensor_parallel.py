@@ -37,9 +37,10 @@ def run_sharded(folder, **environment: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def make_pair(folder) -> dict[str, torch.Tensor]:
+def make_pair(folder, device: str = "cpu", **sizes: int) -> dict[str, torch.Tensor]:
     """Write a target, its drafts and prompts; the texts of the unsharded target alone."""
-    target = tiny_target("qwen3", num_attention_heads=8, num_key_value_heads=4, initializer_range=0.2)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    target = tiny_target("qwen3", initializer_range=0.2, **heads, **sizes).to(device)
     target.save_pretrained(folder / "target")
     for name, fields in DRAFTS.items():
         learned(target, **fields).save_pretrained(folder / name)
@@ -49,14 +50,13 @@ def make_pair(folder) -> dict[str, torch.Tensor]:
     plain = {}
     for name, ids in prompts.items():
         torch.manual_seed(0)
-        mask = (ids != 0).long()
-        plain[name] = target.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=name == "sampled"
-        )
+        inputs = {"input_ids": ids.to(device), "attention_mask": (ids != 0).long().to(device)}
+        plain[name] = target.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=name == "sampled")
     return plain
 
 
-def check(seen: list[dict], plain: dict[str, torch.Tensor]) -> None:
+def check_texts(seen: list[dict], plain: dict[str, torch.Tensor]) -> None:
+    """Both processes give the texts `plain`, in the same number of rounds."""
     assert len(seen) == 2 * len(DRAFTS) * len(plain)
     for one in seen:
         assert one["reason"] is None or "did not pay" in one["reason"]
@@ -70,7 +70,7 @@ def check(seen: list[dict], plain: dict[str, torch.Tensor]) -> None:
 
 def test_two_processes_commit_what_one_does(tmp_path):
     plain = make_pair(tmp_path)
-    check(run_sharded(tmp_path, CUDA_VISIBLE_DEVICES=""), plain)
+    check_texts(run_sharded(tmp_path, CUDA_VISIBLE_DEVICES=""), plain)
 
 
 def test_heads_that_cannot_be_shared_out_are_refused():
