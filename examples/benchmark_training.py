@@ -79,7 +79,7 @@ def work(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     draft = LongSpecDraftModel.from_target(target, sliding_window=512)
     # Tokens in the proportions of a text, so that there is something to learn.
-    count = options.steps * options.rows * 2 * options.row_tokens
+    count = options.steps * options.rows * int(os.environ.get("WORLD_SIZE", 1)) * options.row_tokens
     vocab = target.config.vocab_size
     tokens = (np.random.default_rng(0).zipf(1.2, count) % vocab).astype(np.uint32)
     args = LongSpecTrainingArguments(

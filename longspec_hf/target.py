@@ -112,8 +112,8 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
     device = draft_device(draft.config, target)
     if draft.device != device and not mixed_precision:
         raise ValueError(
-            f"`assistant_model` is on device {draft.device}, expected {device}, where the target layer it reads is. "
-            f"Call `draft.to({str(device)!r})`."
+            f"`assistant_model` is on device {draft.device}, expected the target's {device}, where the layer it reads "
+            f"is. Call `draft.to({str(device)!r})`."
         )
     layer_idx = resolve_layer_idx(draft.config, text)
     tables_per_kind = "layer_type" in inspect.signature(rotary.forward).parameters

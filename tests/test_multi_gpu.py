@@ -45,7 +45,9 @@ def test_a_draft_on_another_device_is_refused_and_works_once_moved(elsewhere, in
     target = tiny_target(**SIZES).to(FIRST)
     draft = learned(target).to(elsewhere)
     ids = prompt(40).to(inputs_on)
-    with pytest.raises(ValueError, match=rf"is on device {elsewhere}, expected cuda:0.*`draft.to\('cuda:0'\)`"):
+    with pytest.raises(
+        ValueError, match=rf"is on device {elsewhere}, expected the target's cuda:0.*`draft.to\('cuda:0'\)`"
+    ):
         target.generate(ids, assistant_model=draft, **GREEDY)
     plain = target.generate(ids, **GREEDY)
     out = target.generate(ids, assistant_model=draft.to(FIRST), **GREEDY)

@@ -27,7 +27,7 @@ def test_a_draft_elsewhere_is_refused_before_any_forward():
     target = tiny_target()
     draft = learned(target)
     target.model.layers[1]._hf_hook = SimpleNamespace(execution_device=1)
-    with pytest.raises(ValueError, match=r"is on device cpu, expected cuda:1.*`draft.to\('cuda:1'\)`"):
+    with pytest.raises(ValueError, match=r"is on device cpu, expected the target's cuda:1.*`draft.to\('cuda:1'\)`"):
         target.generate(prompt(5), assistant_model=draft, max_new_tokens=2)
 
 
