@@ -18,6 +18,7 @@ DRAFTS = {
     "draft_whole_vocabulary": {},
     "draft_small_vocabulary": {"draft_vocab_size": 40},
     "draft_paced": {"fallback_to_plain": True},
+    "draft_differing": {},
 }
 
 

@@ -152,6 +152,7 @@ FSDP = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type"
         ({"model": torch.nn.Linear(1, 1)}, "`model` is a Linear"),
         ({"muon": True}, "`muon` needs whole matrices"),
         ({"partitioned": True}, "`target_model` was partitioned by ZeRO-3"),
+        ({"offloaded": True}, "`target_model` has a head that is offloaded"),
         ({"device_map": {"": "cpu", "lm_head": "disk"}}, "`target_model` is split over"),
     ],
 )
@@ -160,6 +161,8 @@ def test_set_ups_that_lose_weights_are_refused(changed, message):
     model = changed.get("model", small_draft(target))
     if "partitioned" in changed:
         target.lm_head.weight.ds_id = 0
+    if "offloaded" in changed:
+        target.lm_head.to("meta")
     if "device_map" in changed:
         target.hf_device_map = changed["device_map"]
     plugin = SimpleNamespace(**{**FSDP, **{name: changed[name] for name in FSDP if name in changed}})
