@@ -49,6 +49,7 @@ from .fallback import (
 )
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
+from .placement import draft_device
 from .prompts import read_prompts
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
@@ -161,7 +162,7 @@ def _wrap_pipeline_loading(original: Callable) -> Callable:
             config = AutoConfig.from_pretrained(assistant_model)
             if isinstance(config, LongSpecDraftConfig):
                 assistant_model = LongSpecDraftModel.from_pretrained(assistant_model, dtype=model.dtype)
-                assistant_model = assistant_model.to(model.device)
+                assistant_model = assistant_model.to(draft_device(config, model))
         if isinstance(assistant_model, LongSpecDraftModel) and model.can_generate():
             return assistant_model, None
         return original(model, assistant_model, assistant_tokenizer)
@@ -315,7 +316,7 @@ class _Runner:
         mask = None
         if self.starts is not None:
             rows = torch.arange(self.cache.get_seq_length() + 1, device=token.device)
-            mask = (rows >= self.starts.unsqueeze(1)).long()
+            mask = (rows >= self.starts.unsqueeze(1).to(rows.device)).long()
         outputs = self.target(
             input_ids=token.unsqueeze(0),
             position_ids=torch.full((1, 1), position, device=token.device),
@@ -339,6 +340,7 @@ class _Runner:
                 lengths.to(device),
                 None if self.starts is None else self.starts[:sequences],
                 [layer.dropped_rows(sequences) for layer in self.cache.layers],
+                [layer.device for layer in self.cache.layers],
                 # Left out by PyTorch's attention in transformers 5.17; 5.24 refuses it there, at the prefill already.
                 soft_capped=_SWITCH.chosen(self.text_config) != "sdpa",
             )

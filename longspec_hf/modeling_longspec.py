@@ -31,6 +31,7 @@ from .draft_attention import (
     shifted_window_attention,
     window_mask,
 )
+from .placement import draft_device
 
 Attend = Callable[..., torch.Tensor]
 """Maps rotated queries (and, in self-attention, keys and values) `[B, heads, T, D]` to `[B, Hq, T, D]`."""
@@ -138,15 +139,14 @@ class LongSpecDraftModel(PreTrainedModel):
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides: Any) -> LongSpecDraftModel:
-        """A freshly initialised draft for `target`, on its device and in its dtype.
+        """A freshly initialised draft for `target`, in its dtype and on the device of the layer it reads.
 
         Args:
             target: the model to draft for.
             **overrides: fields of [`LongSpecDraftConfig`].
         """
         config = LongSpecDraftConfig.from_target(target.config, **overrides)
-        decoder = target.get_decoder()
-        return cls(config).to(device=decoder.device, dtype=decoder.dtype).eval()
+        return cls(config).to(device=draft_device(config, target), dtype=target.get_decoder().dtype).eval()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,6 +170,9 @@ class LongSpecDraftModel(PreTrainedModel):
                 f"draft: {'; '.join(faults)}. {CONVERSION_HINT}"
             )
         return (model, info) if wants_info else model
+
+    def get_input_embeddings(self) -> None:
+        """`None`: token embeddings are the target's."""
 
     def layer(
         self,

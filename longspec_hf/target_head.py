@@ -33,18 +33,27 @@ class TargetHead:
     bias: torch.Tensor | None
 
     @classmethod
-    def of(cls, module: nn.Module, vocab_size: int, token_ids: torch.Tensor | None) -> TargetHead:
-        """The head `module` over `token_ids`, or the first `vocab_size` tokens: a padded one has rows behind them."""
+    def of(
+        cls, module: nn.Module, vocab_size: int, token_ids: torch.Tensor | None, device: torch.device
+    ) -> TargetHead:
+        """The head `module` over `token_ids`, or the first `vocab_size` tokens: a padded one has rows behind them.
+
+        Rows that are picked are put on `device`, the draft's; a whole head stays where it is.
+        """
         tokens = slice(vocab_size) if token_ids is None else token_ids
         if not _is_ordinary(module):
             return cls(module, tokens, None, None)
-        return cls(module, tokens, module.weight[tokens], None if module.bias is None else module.bias[tokens])
+        weight, bias = (None if part is None else part[tokens] for part in (module.weight, module.bias))
+        if token_ids is not None:
+            weight, bias = (None if part is None else part.to(device) for part in (weight, bias))
+        return cls(module, tokens, weight, bias)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., proposable tokens]` of `[..., hidden]`."""
+        """`[..., proposable tokens]` of `[..., hidden]`, on the head's device."""
         if self.weight is not None:
-            return linear(hidden, self.weight, self.bias)
-        return self.module(hidden)[..., self.tokens]
+            return linear(hidden.to(self.weight.device), self.weight, self.bias)
+        scores = self.module(beside(hidden, self.module))
+        return scores[..., self.tokens if isinstance(self.tokens, slice) else self.tokens.to(scores.device)]
 
     @torch.no_grad()
     def matrix(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -59,6 +68,12 @@ class TargetHead:
         identity = torch.eye(hidden_size, dtype=dtype, device=device).split(IDENTITY_ROWS)
         weight = torch.cat([(self.scores(rows) - bias).T for rows in identity], dim=1)
         return weight, bias[0] if bias.any() else None
+
+
+def beside(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """`x` on the device of the module's weight; where that is offloaded accelerate moves `x` itself."""
+    weight = getattr(module, "weight", None)
+    return x if not isinstance(weight, torch.Tensor) or weight.is_meta else x.to(weight.device)
 
 
 def _is_ordinary(module: nn.Module) -> bool:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..candidate_generator import LongSpecCandidateGenerator
 from ..modeling_longspec import LongSpecDraftModel
+from ..placement import draft_device
 from ..settings import TreeSettings
 from ..stats import SpeculationStats
 from ..target import bind
@@ -155,11 +155,13 @@ class TauEvaluator:
         self.texts = list(texts)
         self.trees = dict(DEFAULT_TREES if trees is None else trees)
 
-    def rows(self, draft: LongSpecDraftModel, target: PreTrainedModel) -> list[dict[str, Any]]:
-        """One row per text and tree: sizes, rounds, tokens and tau."""
+    def rows(
+        self, draft: LongSpecDraftModel, target: PreTrainedModel, part: slice = slice(None)
+    ) -> list[dict[str, Any]]:
+        """One row per text (of `part` of the texts) and tree: sizes, rounds, tokens and tau."""
         draft = _as_target(draft, target)
         rows = []
-        for text in self.texts:
+        for text in self.texts[part]:
             for tree, stats in zip(self.trees, replay(draft, target, text, list(self.trees.values())), strict=True):
                 rows.append(
                     {
@@ -193,9 +195,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def _as_target(draft: nn.Module, target: PreTrainedModel) -> Any:
-    """The draft in the target's dtype and on its device; a copy if it is not there already."""
-    decoder = target.get_decoder()
-    if draft.dtype == decoder.dtype and draft.device == decoder.device:
+def _as_target(draft: LongSpecDraftModel, target: PreTrainedModel) -> Any:
+    """The draft in the target's dtype and beside the layer it reads; a copy if it is not there already."""
+    dtype, device = target.get_decoder().dtype, draft_device(draft.config, target)
+    if draft.dtype == dtype and draft.device == device:
         return draft
-    return copy.deepcopy(draft).to(decoder.device, decoder.dtype)
+    return copy.deepcopy(draft).to(device, dtype)
