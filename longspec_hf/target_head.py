@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +34,7 @@ class TargetHead:
     bias: torch.Tensor | None
 
     @classmethod
-    def of(
-        cls, module: nn.Module, vocab_size: int, token_ids: torch.Tensor | None, device: torch.device
-    ) -> TargetHead:
+    def of(cls, module: Any, vocab_size: int, token_ids: torch.Tensor | None, device: torch.device) -> TargetHead:
         """The head `module` over `token_ids`, or the first `vocab_size` tokens: a padded one has rows behind them.
 
         Rows that are picked are put on `device`, the draft's; a whole head stays where it is.
@@ -43,10 +42,10 @@ class TargetHead:
         tokens = slice(vocab_size) if token_ids is None else token_ids
         if not _is_ordinary(module):
             return cls(module, tokens, None, None)
-        weight, bias = (None if part is None else part[tokens] for part in (module.weight, module.bias))
+        rows: list[Any] = [None if part is None else part[tokens] for part in (module.weight, module.bias)]
         if token_ids is not None:
-            weight, bias = (None if part is None else part.to(device) for part in (weight, bias))
-        return cls(module, tokens, weight, bias)
+            rows = [None if part is None else part.to(device) for part in rows]
+        return cls(module, tokens, *rows)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., proposable tokens]` of `[..., hidden]`, on the head's device."""
@@ -56,7 +55,9 @@ class TargetHead:
         return scores[..., self.tokens if isinstance(self.tokens, slice) else self.tokens.to(scores.device)]
 
     @torch.no_grad()
-    def matrix(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def matrix(
+        self, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(weight, bias)`, `[proposable tokens, hidden]` and `[proposable tokens]` or `None`, for a loss's gradient.
 
         What a module of another kind multiplies by is read off its scores of the identity, which its quantisation of
