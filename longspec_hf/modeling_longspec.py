@@ -255,11 +255,11 @@ class LongSpecDraftModel(PreTrainedModel):
             return masked_attention(q, k, v, near, scale)
 
         def attend_target(q: torch.Tensor, *_: Any) -> torch.Tensor:
-            if attention_mask is None and target_window is None:
+            if attention_mask is not None:
+                return masked_attention(q, target_key, target_value, before, scale)
+            if target_window is None:
                 return shifted_causal_attention(q, target_key, target_value, shift, scale)
-            if attention_mask is None:
-                return shifted_window_attention(q, target_key, target_value, shift, target_window, scale)
-            return masked_attention(q, target_key, target_value, before, scale)
+            return shifted_window_attention(q, target_key, target_value, shift, target_window, scale)
 
         cos, sin = position_embeddings
         if self.gradient_checkpointing and self.training:

@@ -36,7 +36,7 @@ class TargetHead:
     def of(cls, module: nn.Module, vocab_size: int, token_ids: torch.Tensor | None) -> TargetHead:
         """The head `module` over `token_ids`, or the first `vocab_size` tokens: a padded one has rows behind them."""
         tokens = slice(vocab_size) if token_ids is None else token_ids
-        if not _is_ordinary(module):
+        if not isinstance(module, nn.Linear) or not _is_ordinary(module):
             return cls(module, tokens, None, None)
         return cls(module, tokens, module.weight[tokens], None if module.bias is None else module.bias[tokens])
 
@@ -47,7 +47,9 @@ class TargetHead:
         return self.module(hidden)[..., self.tokens]
 
     @torch.no_grad()
-    def matrix(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def matrix(
+        self, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(weight, bias)`, `[proposable tokens, hidden]` and `[proposable tokens]` or `None`, for a loss's gradient.
 
         What a module of another kind multiplies by is read off its scores of the identity, which its quantisation of
@@ -61,7 +63,7 @@ class TargetHead:
         return weight, bias[0] if bias.any() else None
 
 
-def _is_ordinary(module: nn.Module) -> bool:
+def _is_ordinary(module: nn.Linear) -> bool:
     """Whether the module is `F.linear` with a weight that lies there as it is: no subclass, no hook, no packing."""
     return (
         type(module) is nn.Linear
