@@ -40,7 +40,7 @@ class TargetHead:
         Rows that are picked are put on `device`, the draft's; a whole head stays where it is.
         """
         tokens = slice(vocab_size) if token_ids is None else token_ids
-        if not _is_ordinary(module):
+        if not isinstance(module, nn.Linear) or not _is_ordinary(module):
             return cls(module, tokens, None, None)
         rows: list[Any] = [None if part is None else part[tokens] for part in (module.weight, module.bias)]
         if token_ids is not None:
@@ -77,7 +77,7 @@ def beside(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return x if not isinstance(weight, torch.Tensor) or weight.is_meta else x.to(weight.device)
 
 
-def _is_ordinary(module: nn.Module) -> bool:
+def _is_ordinary(module: nn.Linear) -> bool:
     """Whether the module is `F.linear` with a weight that lies there as it is: no subclass, no hook, no packing."""
     return (
         type(module) is nn.Linear

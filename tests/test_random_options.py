@@ -102,6 +102,9 @@ def calls(draw):
     if kwargs.get("forced_eos_token_id") is not None or "exponential_decay_length_penalty" in kwargs:
         kwargs.setdefault("eos_token_id", [7])
         kwargs.setdefault("pad_token_id", 0)
+    if (forced := kwargs.get("forced_eos_token_id")) in kwargs.get("suppress_tokens", []):
+        # Plain `generate` refuses to force a token that is suppressed.
+        kwargs["suppress_tokens"] = [token for token in kwargs["suppress_tokens"] if token != forced] or None
     sampled = draw(st.booleans()) and rows == 1
     if sampled:
         names = draw(st.lists(st.sampled_from(sorted(SAMPLING)), max_size=3, unique=True))
