@@ -78,6 +78,8 @@ class LongSpecTrainer(Trainer):
         self.tau_evaluator = tau_evaluator
         args.remove_unused_columns = False  # the collator decides
         args.label_names = ["labels"]
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every step uses all
         args._n_gpu = min(args.n_gpu, 1)  # with more, `Trainer` copies the draft to all GPUs, with the target on one
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         check_sharding(model, self.target_model, args, self.accelerator)
