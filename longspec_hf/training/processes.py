@@ -28,17 +28,11 @@ def check_deepspeed(args: TrainingArguments) -> None:
         )
 
 
-def check_sharding(model: nn.Module, target: PreTrainedModel, args: Any, accelerator: Any) -> None:
-    """Refuse what would train from an incomplete target or write an incomplete draft.
-
-    Args:
-        model: what is trained, a draft or a draft with adapters.
-        target: the frozen target.
-        args: the trainer's arguments.
-        accelerator: the trainer's `Accelerator`.
+def check_target(target: PreTrainedModel, processes: int) -> None:
+    """Refuse a target of which a process would lack a part.
 
     Raises:
-        ValueError: the message names the setting.
+        ValueError: the message names what made it so.
     """
     if any(hasattr(parameter, "ds_id") for parameter in target.parameters()):
         raise ValueError(
@@ -51,15 +45,23 @@ def check_sharding(model: nn.Module, target: PreTrainedModel, args: Any, acceler
             "every step. Keep it whole on a device (`device_map`), or quantise the target."
         )
     devices = {str(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
-    if args.world_size > 1 and len(devices) > 1:
+    if processes > 1 and len(devices) > 1:
         raise ValueError(
-            f"`target_model` is split over {sorted(devices)} in each of {args.world_size} processes. Load "
-            "it whole on the process's own device (leave `device_map` out), or train in one process."
+            f"`target_model` is split over {sorted(devices)} in each of {processes} processes. Load it whole on the "
+            "process's own device (leave `device_map` out), or train in one process."
         )
+
+
+def check_sharding(model: nn.Module, muon: bool, accelerator: Any) -> None:
+    """Refuse ways of sharding `model`, a draft or a draft with adapters, that would fail or write a part of it.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
         _check_fsdp(plugin, model)
-    if args.muon and getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+    if muon and getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "`muon` needs whole matrices, and DeepSpeed hands optimizers flattened parts of them. Leave `muon` off, "
             "or use `examples/accelerate/ddp.yaml` or `fsdp2.yaml`."
