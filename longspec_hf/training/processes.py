@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from ..modeling_longspec import LongSpecDraftModel
 from ..target import has_no_rows
@@ -28,6 +34,20 @@ def check_deepspeed(args: TrainingArguments) -> None:
         )
 
 
+@contextmanager
+def loaded_whole(args: TrainingArguments) -> Iterator[None]:
+    """Inside the block models are loaded whole; once there are arguments for ZeRO-3 it would partition them."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = getattr(args, "hf_deepspeed_config", None) or args.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
 def check_target(target: PreTrainedModel, processes: int) -> None:
     """Refuse a target of which a process would lack a part.
 
@@ -36,8 +56,8 @@ def check_target(target: PreTrainedModel, processes: int) -> None:
     """
     if any(hasattr(parameter, "ds_id") for parameter in target.parameters()):
         raise ValueError(
-            "`target_model` was partitioned by ZeRO-3 while it was loaded, and nobody would gather its weights. Set "
-            "`zero3_init_flag: false`, as `examples/accelerate/deepspeed_zero3.yaml` does."
+            "`target_model` was partitioned by ZeRO-3 while it was loaded, and nobody would gather its weights. Load "
+            "it before the training arguments are made, or inside `with longspec_hf.training.loaded_whole(args):`."
         )
     if has_no_rows(target.get_output_embeddings()):
         raise ValueError(
