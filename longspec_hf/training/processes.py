@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from ..modeling_longspec import LongSpecDraftModel
 
@@ -27,22 +33,30 @@ def check_deepspeed(args: TrainingArguments) -> None:
         )
 
 
-def check_sharding(model: nn.Module, target: PreTrainedModel, args: Any, accelerator: Any) -> None:
-    """Refuse what would train from an incomplete target or write an incomplete draft.
+@contextmanager
+def loaded_whole(args: TrainingArguments) -> Iterator[None]:
+    """Inside the block models are loaded whole; once there are arguments for ZeRO-3 it would partition them."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = getattr(args, "hf_deepspeed_config", None) or args.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
-    Args:
-        model: what is trained, a draft or a draft with adapters.
-        target: the frozen target.
-        args: the trainer's arguments.
-        accelerator: the trainer's `Accelerator`.
+
+def check_target(target: PreTrainedModel, processes: int) -> None:
+    """Refuse a target of which a process would lack a part.
 
     Raises:
-        ValueError: the message names the setting.
+        ValueError: the message names what made it so.
     """
     if any(hasattr(parameter, "ds_id") for parameter in target.parameters()):
         raise ValueError(
-            "`target_model` was partitioned by ZeRO-3 while it was loaded, and nobody would gather its weights. Set "
-            "`zero3_init_flag: false`, as `examples/accelerate/deepspeed_zero3.yaml` does."
+            "`target_model` was partitioned by ZeRO-3 while it was loaded, and nobody would gather its weights. Load "
+            "it before the training arguments are made, or inside `with longspec_hf.training.loaded_whole(args):`."
         )
     if _lies_elsewhere(target.get_output_embeddings()):
         raise ValueError(
@@ -50,15 +64,23 @@ def check_sharding(model: nn.Module, target: PreTrainedModel, args: Any, acceler
             "every step. Keep it whole on a device (`device_map`), or quantise the target."
         )
     devices = {str(device) for device in (getattr(target, "hf_device_map", None) or {}).values()}
-    if args.world_size > 1 and len(devices) > 1:
+    if processes > 1 and len(devices) > 1:
         raise ValueError(
-            f"`target_model` is split over {sorted(devices)} in each of {args.world_size} processes. Load "
-            "it whole on the process's own device (leave `device_map` out), or train in one process."
+            f"`target_model` is split over {sorted(devices)} in each of {processes} processes. Load it whole on the "
+            "process's own device (leave `device_map` out), or train in one process."
         )
+
+
+def check_sharding(model: nn.Module, muon: bool, accelerator: Any) -> None:
+    """Refuse ways of sharding `model`, a draft or a draft with adapters, that would fail or write a part of it.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
         _check_fsdp(plugin, model)
-    if args.muon and getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+    if muon and getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "`muon` needs whole matrices, and DeepSpeed hands optimizers flattened parts of them. Leave `muon` off, "
             "or use `examples/accelerate/ddp.yaml` or `fsdp2.yaml`."

@@ -22,7 +22,7 @@ from .arguments import LongSpecTrainingArguments
 from .collator import AnchorOffsetCollator
 from .data import PackedRows, load_token_rows, pack_texts, read_texts, rows_from_dataset
 from .heldout import load_texts
-from .processes import export_draft
+from .processes import export_draft, loaded_whole
 from .tau import TauEvaluator
 from .trainer import LongSpecTrainer
 from .vocabulary import count_tokens, most_frequent_tokens, set_draft_vocabulary
@@ -128,8 +128,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> LongSpe
     length = args.length or length
     anchor_offset = anchor_offset if args.anchor_offset is None else args.anchor_offset
     rows = load_rows(args, tokenizer, length)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.target_dtype))
-    draft = make_draft(args, target, rows)
+    with loaded_whole(training_args):
+        target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.target_dtype))
+        draft = make_draft(args, target, rows)
     draft.config.target_name_or_path = args.target_name or (
         EMBEDDED_NAME if args.target == "embedded" else args.target
     )

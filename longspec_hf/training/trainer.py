@@ -20,7 +20,7 @@ from .collator import IGNORED, AnchorOffsetCollator
 from .facts import training_facts
 from .losses import FrozenHead, LossSums, chunked_loss
 from .positions import max_positions
-from .processes import check_sharding, whole_draft
+from .processes import check_sharding, check_target, whole_draft
 from .schedule import TimeBudget, budget_schedule
 from .target_states import read_target
 from .tau import TauEvaluator, summarize
@@ -67,6 +67,7 @@ class LongSpecTrainer(Trainer):
         draft = _draft_of(model)
         # The optimiser's small updates would be lost in half-precision weights.
         model = model.float() if draft.dtype in (torch.bfloat16, torch.float16) else model
+        check_target(target_model, args.world_size)
         self.target_model = target_model.requires_grad_(False).eval()
         if getattr(target_model, "hf_device_map", None) is None:
             self.target_model = self.target_model.to(args.device)
@@ -78,9 +79,11 @@ class LongSpecTrainer(Trainer):
         self.tau_evaluator = tau_evaluator
         args.remove_unused_columns = False  # the collator decides
         args.label_names = ["labels"]
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every step uses all
         args._n_gpu = min(args.n_gpu, 1)  # with more, `Trainer` copies the draft to all GPUs, with the target on one
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        check_sharding(model, self.target_model, args, self.accelerator)
+        check_sharding(model, args.muon, self.accelerator)
         # `compute_loss` divides by the number of labelled positions of the whole step, accumulation included.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True

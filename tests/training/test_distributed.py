@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from longspec_hf import LongSpecDraftModel
 from longspec_hf.training import AnchorOffsetCollator
-from longspec_hf.training.processes import check_sharding
+from longspec_hf.training.processes import check_sharding, check_target
 
 SAME_SUM = 1e-4  # fp32 sums over processes in another order, four steps of AdamW
 MUON = 5e-3  # it orthogonalises in bf16
@@ -120,8 +120,8 @@ def test_a_resumed_run_goes_on_as_if_never_interrupted(two):
 @pytest.mark.parametrize("config", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
 def test_deepspeed_trains_saves_and_resumes(config, alone, tmp_path):
     """C93: frozen weights are neither lost nor partitioned."""
-    seen = launched(config, tmp_path, {name: RUNS[name] for name in ("plain", "resumed")}, DS_ACCELERATOR="cpu")
-    for first, second in seen.values():
+    for name in ("plain", "resumed"):
+        first, second = launched(config, tmp_path, {name: RUNS[name]}, DS_ACCELERATOR="cpu")[name]
         assert first["target_is_whole"] and second["target_is_whole"]
         assert first["losses"] == pytest.approx(alone["plain"]["losses"], rel=SAME_SUM)
         for name, tensor in first["weights"].items():
@@ -149,27 +149,43 @@ FSDP = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type"
         ({"fsdp_version": 1}, "`fsdp_version` must be 2, got 1"),
         ({"cpu_ram_efficient_loading": True}, "`fsdp_cpu_ram_efficient_loading` is on"),
         ({"state_dict_type": "SHARDED_STATE_DICT"}, "`fsdp_state_dict_type` must be FULL_STATE_DICT"),
-        ({"model": torch.nn.Linear(1, 1)}, "`model` is a Linear"),
-        ({"muon": True}, "`muon` needs whole matrices"),
-        ({"partitioned": True}, "`target_model` was partitioned by ZeRO-3"),
-        ({"offloaded": True}, "`target_model` has a head that is offloaded"),
-        ({"device_map": {"": "cpu", "lm_head": "disk"}}, "`target_model` is split over"),
     ],
 )
-def test_set_ups_that_lose_weights_are_refused(changed, message):
-    target = tiny_target()
-    model = changed.get("model", small_draft(target))
-    if "partitioned" in changed:
-        target.lm_head.weight.ds_id = 0
-    if "offloaded" in changed:
-        target.lm_head.to("meta")
-    if "device_map" in changed:
-        target.hf_device_map = changed["device_map"]
-    plugin = SimpleNamespace(**{**FSDP, **{name: changed[name] for name in FSDP if name in changed}})
-    deepspeed = SimpleNamespace() if changed.get("muon") else None
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=deepspeed))
+def test_fsdp_that_loses_weights_is_refused(changed, message):
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**FSDP)))
+    draft = small_draft(tiny_target())
+    check_sharding(draft, True, accelerator)
+    accelerator.state.fsdp_plugin = SimpleNamespace(**{**FSDP, **changed})
     with pytest.raises(ValueError, match=message):
-        check_sharding(model, target, SimpleNamespace(world_size=2, muon=changed.get("muon", False)), accelerator)
+        check_sharding(draft, False, accelerator)
+
+
+def test_adapters_under_fsdp_and_muon_under_deepspeed_are_refused():
+    fsdp = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**FSDP)))
+    with pytest.raises(ValueError, match="`model` is a Linear, expected a plain draft"):
+        check_sharding(torch.nn.Linear(1, 1), False, fsdp)
+    deepspeed = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace()))
+    check_sharding(small_draft(tiny_target()), False, deepspeed)
+    with pytest.raises(ValueError, match="`muon` needs whole matrices"):
+        check_sharding(small_draft(tiny_target()), True, deepspeed)
+
+
+def test_targets_that_lack_a_part_are_refused(tmp_path):
+    """C93: before anything is made of them."""
+    target = tiny_target()
+    target.hf_device_map = {"": "cpu", "lm_head": "disk"}
+    check_target(target, processes=1)
+    with pytest.raises(ValueError, match="`target_model` is split over"):
+        check_target(target, processes=2)
+    target = tiny_target()
+    target.lm_head.to("meta")
+    with pytest.raises(ValueError, match="`target_model` has a head that is offloaded"):
+        small_trainer(tmp_path, target, small_draft(tiny_target(), draft_vocab_size=16))
+    target = tiny_target()
+    target.lm_head.weight = torch.nn.Parameter(torch.empty(0))
+    target.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match="`target_model` was partitioned by ZeRO-3"):
+        small_trainer(tmp_path, target, small_draft(tiny_target(), draft_vocab_size=16))
 
 
 def test_offsets_of_two_processes_are_those_of_one():
