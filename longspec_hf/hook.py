@@ -38,7 +38,7 @@ from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
-from .engine import Engine, reason_against_engine
+from .engine import ENGINE_DEVICES, Engine, reason_against_engine
 from .fallback import (
     reason_of_batch,
     reason_of_config,
@@ -233,11 +233,15 @@ def _longspec_decoding(
     ]
     runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, prompts.starts)
 
+    reason = None
+
     def make_engine() -> Engine | None:
+        nonlocal reason
         reason = reason_against_engine(target, draft, bound, settings, cache, runner.hidden_states is not None)
         return None if reason else Engine(target, generator, cache)
 
     stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, make_engine).run()
+    stats.uncaptured_reason = reason if target.device.type in ENGINE_DEVICES else None
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):

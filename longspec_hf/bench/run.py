@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"`target` or `shape` must be given, and one of them, got {args.target!r} and {args.shape!r}."
         )
+    transformers.logging.set_verbosity_error()  # it warns of the end token that no text has
     device = torch.device("cuda", torch.cuda.current_device())
     facts = {
         "device": device_name(device),
@@ -197,12 +198,9 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 def prompts(args: argparse.Namespace, target: PreTrainedModel, context: int, sequences: int) -> list[torch.Tensor]:
     """Prompts `[B, context]`: of the texts for a real model, random ones for the others."""
     if args.shape is not None:
-        ids = torch.randint(
-            0,
-            min(CYCLE, target.config.vocab_size),
-            (sequences, context),
-            generator=torch.Generator().manual_seed(context),
-        )
+        generator = torch.Generator().manual_seed(context)
+        tokens = min(CYCLE, target.config.vocab_size)
+        ids = torch.randint(0, tokens, (sequences, context), generator=generator)
         return [ids.to(target.device)]
     if args.texts is None:
         raise ValueError("`texts` must name a file that the prompts come from, got none.")
@@ -229,8 +227,8 @@ def read_texts(path: Path, tokenizer: str, context: int, count: int) -> list[lis
         texts = [ids[start : start + context] for start in range(0, len(ids) - context + 1, shift)][:count]
     if len(texts) < count:
         raise ValueError(
-            f"`texts` must hold {count} prompts of {context} tokens, got {len(texts)} in {path}. Name a longer file, or "
-            "ask for fewer `prompts` or shorter `contexts`."
+            f"`texts` must hold {count} prompts of {context} tokens, got {len(texts)} in {path}. Name a longer file, "
+            "or ask for fewer `prompts` or shorter `contexts`."
         )
     return texts
 
