@@ -1,6 +1,6 @@
 """The commands of the README, from a clean clone: each runs, with models and sizes that fit a test.
 
-`RULES` says what is changed in a command. A command that no rule is for fails, so nothing new in the README goes untried.
+`RULES` says what is changed in a command. A command that no rule is for fails, so nothing new goes untried.
 """
 
 import os
@@ -135,5 +135,5 @@ def test_nothing_else_is_fenced():
 
 
 def test_a_command_without_a_rule_is_noticed():
-    with pytest.raises(KeyError, match="README.md holds `longspec-hf serve`"):
+    with pytest.raises(KeyError, match=r"README\.md holds `longspec-hf serve`"):
         runnable("longspec-hf serve")

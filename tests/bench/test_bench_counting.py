@@ -54,7 +54,7 @@ def test_a_named_shape_counts_in_its_dtype(monkeypatch):
 
 
 def test_an_unknown_shape_is_refused():
-    with pytest.raises(ValueError, match="`shape` must be one of qwen2.5-7b, .*, got 'gpt'"):
+    with pytest.raises(ValueError, match=r"`shape` must be one of qwen2.5-7b, .*, got 'gpt'"):
         counting_target("gpt", torch.device("cpu"))
 
 
@@ -103,5 +103,5 @@ def test_the_rate_gives_tau(tau, depth):
 
 @pytest.mark.parametrize("tau", [0.9, 5.1])
 def test_no_rate_gives_this_tau(tau):
-    with pytest.raises(ValueError, match=f"`tau` must lie between 1 and 5 .*, got {tau}"):
+    with pytest.raises(ValueError, match=rf"`tau` must lie between 1 and 5 .*, got {tau}"):
         rate_for(tau, 4)

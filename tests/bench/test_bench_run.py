@@ -145,11 +145,10 @@ def test_a_table_is_aligned(capsys):
     assert capsys.readouterr().out.splitlines() == ["   way  tau  more", "     a           ", "longer  3.5     1"]
 
 
-def test_a_plot_shows_the_smallest_batch(tmp_path, monkeypatch):
+def test_a_plot_shows_the_smallest_batch(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which no extra asks for, is not installed")
     from matplotlib import pyplot
 
-    monkeypatch.setattr(pyplot, "close", lambda *_: None)
     path = tmp_path / "calls.png"
     rows = [
         row(way, ms * n, n, batch) for n in (100, 200) for batch in (1, 4) for way, ms in ((PLAIN, 2), (LONGSPEC, 1))
