@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from longspec_hf_kernels import level_depths
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Beam:
     @property
     def depths(self) -> torch.Tensor:
         """`[B, N]` depth of each node, 1 for the root's children."""
-        levels = self.token_ids.split(self.widths, dim=1) if self.widths else (self.token_ids,)
-        return torch.cat([torch.full_like(ids, depth) for depth, ids in enumerate(levels, 1)], dim=1)
+        return level_depths(self.token_ids, self.widths)
 
     @staticmethod
     def empty(batch_size: int, device: torch.device) -> Beam:

@@ -97,7 +97,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
             row.root_position = int(positions[number, -1])
             if embeds is None:
                 tail = torch.tensor(list(ids[-window:]), dtype=torch.long, device=self.draft.device)
-                tails.append(self.bound.embed_tokens(tail))
+                tails.append(self.bound.embed(tail))
             else:
                 # No more than there are positions: what lies before position 0 is padding.
                 tails.append(embeds[number, -min(window, row.root_position + 1) :].to(self.draft.device))
@@ -169,6 +169,8 @@ class LongSpecCandidateGenerator(CandidateGenerator):
             settings.max_tree_nodes,
             limits if static_shape or min(max_depths) < settings.depth else None,
         )
+        if self.bound.parallel is not None:  # all processes must verify the same tree
+            tree = TokenTree(*self.bound.parallel.agree([tree.token_ids, tree.parents, tree.depths, tree.valid]))
         return tree if static_shape else tree.trim()
 
     def _flush(self, rows: Sequence[DraftedSequence]) -> None:
@@ -176,7 +178,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         if not any(row.waiting for row in rows):
             return
         device = self.draft.device
-        embeds = [self.bound.embed_tokens(torch.tensor(row.waiting, dtype=torch.long, device=device)) for row in rows]
+        embeds = [self.bound.embed(torch.tensor(row.waiting, dtype=torch.long, device=device)) for row in rows]
         self._project(embeds, torch.tensor([row.root_position - 1 for row in rows], device=device))
         for row in rows:
             row.waiting = []
@@ -254,13 +256,19 @@ class LongSpecCandidateGenerator(CandidateGenerator):
                 window=self.window.window,
             )
 
-        def attend_target(q: torch.Tensor) -> torch.Tensor:
+        def attend_rows(q: torch.Tensor) -> torch.Tensor:
             return hybrid_tree_attention(
                 q, context.keys, context.values, context.lengths, None, starts=context.starts, scale=scale
             )
 
+        def attend_target(q: torch.Tensor) -> torch.Tensor:
+            parallel = self.bound.parallel
+            if parallel is None or context.keys.shape[1] == self.draft.config.num_key_value_heads:
+                return attend_rows(q)
+            return parallel.attend(attend_rows, q)
+
         position_ids = torch.minimum(context.root_positions + depth, context.last_positions).expand_as(token_ids)
-        embeds = self.bound.embed_tokens(token_ids)
+        embeds = self.bound.embed(token_ids)
         cos, sin = self.bound.position_embeddings(position_ids, embeds)
         hidden = self.draft.layer(embeds, cos, sin, attend_window, attend_target)
         return self.draft.next_token_logits(hidden, self.bound.logits, token_ids, position_ids)

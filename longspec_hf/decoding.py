@@ -147,11 +147,17 @@ class Decoder:
             committed, full = self._round()
         else:
             self._plain_step()
-        seconds = time.perf_counter() - began if usual else None
+        seconds = self._seconds_since(began) if usual else None
         if speculates:
             self.pacer.add_round(seconds, committed / sequences, full)
         else:
             self.pacer.add_plain(seconds)
+
+    def _seconds_since(self, began: float) -> float:
+        seconds, parallel = time.perf_counter() - began, self.generator.bound.parallel
+        if parallel is None or not self.pacer.enabled:
+            return seconds
+        return parallel.agree_on_seconds(seconds)  # else processes would go over to plain steps at different times
 
     def _limits(self) -> list[int]:
         """Deepest node that each sequence's tree may have."""

@@ -15,8 +15,10 @@ from longspec_hf.verification import walk
 
 
 @pytest.fixture(autouse=True)
-def engine_on_cpu(monkeypatch):
-    monkeypatch.setattr(support, "ENGINE_DEVICES", {"cpu"})
+def engine_on_cpu():
+    support.ENGINE_DEVICES.add("cpu")
+    yield
+    support.ENGINE_DEVICES.discard("cpu")
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def call(model, ids, draft=None, **kwargs):
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_equals_plain_and_the_other_rounds(mode, sample, engine_rounds):
     model = tiny_target(initializer_range=0.1)
-    for length in (1, 3, 40, 700):
+    for length in (1, 40, 700) if mode == "learned" else (3, 300):
         ids = prompt(length, seed=length)
         torch.manual_seed(length)
         plain = call(model, ids, do_sample=sample).sequences
@@ -57,9 +59,10 @@ def test_equals_plain_and_the_other_rounds(mode, sample, engine_rounds):
             assert torch.equal(outs[captured].sequences, plain)
             used = sum(engine_rounds.values()) - before
             assert used == (outs[captured].speculation_stats.rounds if captured else 0)
-        seconds = {"decode_seconds": 0, "prefill_seconds": 0}
-        ours, other = (dataclasses.replace(out.speculation_stats, **seconds) for out in outs.values())
-        assert ours == other
+        assert outs[True].speculation_stats.uncaptured_reason is None
+        assert outs[False].speculation_stats.uncaptured_reason == "`capture_rounds` is off"
+        other = {"decode_seconds": 0, "prefill_seconds": 0, "uncaptured_reason": None}
+        assert len({repr(dataclasses.replace(out.speculation_stats, **other)) for out in outs.values()}) == 1
 
 
 def wide_layers(cls, config_cls, **fields):
@@ -104,10 +107,10 @@ def wide_layers(cls, config_cls, **fields):
 )
 def test_biases_norms_per_head_and_scaled_tables(model, engine_rounds):
     model = model()
-    for seed in range(4):
+    for seed in range(2):
         ids = prompt(30, seed=seed)
         plain = call(model, ids).sequences
-        for draft in (learned(model), ScriptedDraft(model, plain, "noisy")):
+        for draft in (learned(model, tree_shape=[2, 4]), ScriptedDraft(model, plain, "noisy")):
             out = call(model, ids, draft)
             assert torch.equal(out.sequences, plain)
     assert engine_rounds["greedy_round"] > 20
@@ -133,7 +136,7 @@ def test_the_window_moves_and_the_buffers_grow(engine_rounds, monkeypatch):
     monkeypatch.setattr("longspec_hf.hook.GROWTH_ROWS", 64)
     model = tiny_target(initializer_range=0.1)
     ids = prompt(50, seed=3)
-    plain = call(model, ids, max_new_tokens=300).sequences
+    plain = call(model, ids, max_new_tokens=200).sequences
     draft = ScriptedDraft(model, plain, "noisy", sliding_window=16)
     moves = []
     original = Engine.prepare
@@ -144,9 +147,9 @@ def test_the_window_moves_and_the_buffers_grow(engine_rounds, monkeypatch):
         moves.append((before[0] > self.generator.window.row_lengths[0], before[1] != self._addresses))
 
     monkeypatch.setattr(Engine, "prepare", watched)
-    assert torch.equal(call(model, ids, draft, max_new_tokens=300).sequences, plain)
+    assert torch.equal(call(model, ids, draft, max_new_tokens=200).sequences, plain)
     assert sum(moved for moved, _ in moves) > 5
-    assert sum(grown for _, grown in moves) > 2
+    assert sum(grown for _, grown in moves) > 1
 
 
 def test_plain_steps_keep_the_draft_ready(engine_rounds, monkeypatch):
@@ -239,6 +242,7 @@ def test_targets_that_are_not_as_written_out_are_left_to_transformers(change, wo
     out = call(model, ids, ScriptedDraft(model, plain, "noisy"))
     assert torch.equal(out.sequences, plain)
     assert engine_rounds["greedy_round"] == 0
+    assert word in out.speculation_stats.uncaptured_reason
 
 
 def test_the_decoder_needs_no_engine():

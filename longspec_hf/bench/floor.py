@@ -30,4 +30,6 @@ def cache_bytes(cache: LongSpecCache, sequences: int) -> int:
 def draft_bytes(draft: LongSpecDraftModel, bound: BoundTarget, cache: LongSpecCache, sequences: int) -> int:
     """What expanding one level of the tree reads: the layer, the head's rows and one layer's K/V."""
     layer = sum(p.nbytes for p in draft.parameters())
-    return layer + bound.head_weight.nbytes + cache_bytes(cache, sequences) // len(cache.layers)
+    head = bound.head.weight
+    rows = 0 if head is None else head.nbytes
+    return layer + rows + cache_bytes(cache, sequences) // len(cache.layers)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ..version import __version__
 from .counting import CYCLE, SHAPES, counting_target, guessing_draft, rate_for
 from .device import copy_rate, device_name
 from .rounds import time_rounds
-from .ways import CAPTURED_PLAIN, COMPILED, LONGSPEC, PLAIN, WAYS, decode
+from .ways import CAPTURED_PLAIN, COMPILED, LONGSPEC, PLAIN, WAYS, Decoded, decode
 
 DESCRIPTION = """Measure a pair on one GPU: whole calls beside transformers' own ways to decode, and single rounds
 beside the least time their bytes take.
@@ -40,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--tau", type=float, default=3.5, help="tokens a round of the scripted draft, default 3.5")
     models.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768], help="prompt lengths in tokens")
     models.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
-    models.add_argument("--texts", type=Path, help="file whose text fills the prompts, needed with --target")
+    models.add_argument(
+        "--texts",
+        type=Path,
+        help="where a real model's prompts come from: a text, or the JSONL of `evaluate_tau.py generate`",
+    )
+    models.add_argument("--prompts", type=int, default=1, help="prompts of each context to take the mean of")
+    models.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature; 0: greedy")
     models.add_argument("--new-tokens", type=int, default=256, help="tokens of a call, default %(default)s")
     models.add_argument("--slow-tokens", type=int, default=64, help="the same for transformers' own ways")
     models.add_argument(
@@ -64,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"`target` or `shape` must be given, and one of them, got {args.target!r} and {args.shape!r}."
         )
+    transformers.logging.set_verbosity_error()  # it warns of the end token that no text has
     device = torch.device("cuda", torch.cuda.current_device())
     facts = {
         "device": device_name(device),
@@ -133,37 +142,49 @@ def measure_rounds(
 def measure_calls(
     args: argparse.Namespace, target: PreTrainedModel, draft: LongSpecDraftModel
 ) -> list[dict[str, Any]]:
-    """Rows of the table of calls: every way at every context and batch."""
+    """Rows of the table of calls: every way at every context and batch, means over the prompts."""
     rows: list[dict[str, Any]] = []
+    options = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {}
     for context in args.contexts:
         for sequences in args.batch:
-            ids = prompts(args, target, context, sequences)
-            reference = None
+            given = prompts(args, target, context, sequences)
+            references: dict[int, torch.Tensor] = {}
             for way in args.ways:
                 tokens = args.slow_tokens if way.startswith("transformers") else args.new_tokens
-                done = decode(way, target, draft, ids, tokens)
-                new = done.sequences[:, context:]
-                reference = new if reference is None else reference
-                shared = min(new.shape[1], reference.shape[1])
-                rows.append(
-                    {
-                        "context": context,
-                        "batch": sequences,
-                        "way": way,
-                        "token_ms": round(done.token_ms, 3),
-                        "tokens_per_second": round(1e3 * sequences / done.token_ms, 1),
-                        "prefill_ms": round(done.prefill_ms, 1),
-                        "warm_up_s": round(done.warm_up_s, 1),
-                        "tau": None if done.tau is None else round(done.tau, 2),
-                        "peak_gib": round(done.peak_bytes / 2**30, 1),
-                        "equal_tokens": int((new[:, :shared] == reference[:, :shared]).long().cumprod(1).sum(1).min()),
-                        "of_tokens": shared,
-                    }
-                )
+                done = [
+                    decode(way, target, draft, ids, tokens, warm_up=not index, **options)
+                    for index, ids in enumerate(given)
+                ]
+                rows.append({"context": context, "batch": sequences, "temperature": args.temperature, "way": way})
+                rows[-1] |= describe(done, context, sequences, references)
                 print(rows[-1], flush=True)
                 torch.cuda.empty_cache()
             add_ratios([row for row in rows if (row["context"], row["batch"]) == (context, sequences)])
     return rows
+
+
+def describe(done: list[Decoded], context: int, sequences: int, references: dict[int, torch.Tensor]) -> dict[str, Any]:
+    """Means of one way's calls, and how far its tokens are those of the first way, which `references` keeps."""
+    same, shared = 0, 0
+    for index, call in enumerate(done):
+        new = call.sequences[:, context:]
+        reference = references.setdefault(index, new)
+        length = min(new.shape[1], reference.shape[1])
+        same += int((new[:, :length] == reference[:, :length]).long().cumprod(1).sum())
+        shared += length * len(new)
+    token_ms = statistics.mean(call.token_ms for call in done)
+    taus = [call.tau for call in done if call.tau is not None]
+    return {
+        "token_ms": round(token_ms, 3),
+        "tokens_per_second": round(1e3 * sequences / token_ms, 1),
+        "prefill_ms": round(statistics.mean(call.prefill_ms for call in done), 1),
+        "warm_up_s": round(done[0].warm_up_s, 1),
+        "tau": round(statistics.mean(taus), 2) if taus else None,
+        "plain_steps": sum(call.plain_steps for call in done),
+        "peak_gib": round(max(call.peak_bytes for call in done) / 2**30, 1),
+        "equal_tokens": same,
+        "of_tokens": shared,
+    }
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -174,19 +195,42 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             row[name] = None if base is None else round(base / row["token_ms"], 2)
 
 
-def prompts(args: argparse.Namespace, target: PreTrainedModel, context: int, sequences: int) -> torch.Tensor:
-    """Prompt ids `[B, context]`: of a text for a real model, random ones for the others."""
+def prompts(args: argparse.Namespace, target: PreTrainedModel, context: int, sequences: int) -> list[torch.Tensor]:
+    """Prompts `[B, context]`: of the texts for a real model, random ones for the others."""
     if args.shape is not None:
-        ids = torch.randint(0, CYCLE, (sequences, context), generator=torch.Generator().manual_seed(context))
-        return ids.to(target.device)
+        generator = torch.Generator().manual_seed(context)
+        tokens = min(CYCLE, target.config.vocab_size)
+        ids = torch.randint(0, tokens, (sequences, context), generator=generator)
+        return [ids.to(target.device)]
     if args.texts is None:
-        raise ValueError("`texts` must name a file whose text fills the prompts, got none.")
-    pair_tokenizer = transformers.AutoTokenizer.from_pretrained(target.config.name_or_path)
-    ids = pair_tokenizer(args.texts.read_text(encoding="utf-8"))["input_ids"]
-    if len(ids) < context + sequences - 1:
-        raise ValueError(f"`texts` must hold at least {context} tokens, got {len(ids)}. Name a longer file.")
-    shift = (len(ids) - context) // max(1, sequences)
-    return torch.tensor([ids[row * shift : row * shift + context] for row in range(sequences)], device=target.device)
+        raise ValueError("`texts` must name a file that the prompts come from, got none.")
+    texts = read_texts(args.texts, target.config.name_or_path, context, args.prompts * sequences)
+    return [
+        torch.tensor(texts[first : first + sequences], device=target.device)
+        for first in range(0, args.prompts * sequences, sequences)
+    ]
+
+
+def read_texts(path: Path, tokenizer: str, context: int, count: int) -> list[list[int]]:
+    """The last `context` ids of `count` prompts of a JSONL file, or as many stretches of a text.
+
+    Raises:
+        ValueError: there is not enough text.
+    """
+    if path.suffix == ".jsonl":
+        found = [json.loads(line)["prompt_ids"] for line in path.read_text(encoding="utf-8").splitlines()]
+        long = [ids[-context:] for ids in found if len(ids) >= context]
+        texts = long[:: max(1, len(long) // count)][:count]
+    else:
+        ids = transformers.AutoTokenizer.from_pretrained(tokenizer)(path.read_text(encoding="utf-8"))["input_ids"]
+        shift = max(1, (len(ids) - context) // max(1, count - 1))
+        texts = [ids[start : start + context] for start in range(0, len(ids) - context + 1, shift)][:count]
+    if len(texts) < count:
+        raise ValueError(
+            f"`texts` must hold {count} prompts of {context} tokens, got {len(texts)} in {path}. Name a longer file, "
+            "or ask for fewer `prompts` or shorter `contexts`."
+        )
+    return texts
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

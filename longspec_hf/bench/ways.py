@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ UNCAPTURED = "longspec_hf, LongSpec (not captured)"
 LONGSPEC = "longspec_hf, LongSpec"
 WAYS = (PLAIN, COMPILED, LOOKUP, CAPTURED_PLAIN, UNCAPTURED, LONGSPEC)
 LOOKUP_TOKENS = 10
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Decoded:
         token_ms: milliseconds a token (of one sequence) after the first.
         warm_up_s: seconds of the first call, beyond the later ones.
         tau: tokens a forward, where there is speculation.
+        plain_steps: tokens decoded without it.
         sequences: the output.
     """
 
@@ -40,6 +41,7 @@ class Decoded:
     token_ms: float
     warm_up_s: float
     tau: float | None
+    plain_steps: int
     sequences: torch.Tensor
     peak_bytes: int
 
@@ -50,7 +52,7 @@ def decode(
     draft: LongSpecDraftModel,
     input_ids: torch.Tensor,
     new_tokens: int,
-    repeats: int = 1,
+    warm_up: bool = True,
     **options: Any,
 ) -> Decoded:
     """Measure a way.
@@ -59,7 +61,7 @@ def decode(
         way: of `WAYS`.
         input_ids: `[B, n]`, no padding.
         new_tokens: of the output; all are written, whatever end tokens come.
-        repeats: calls to take the median of.
+        warm_up: call once before, and say what that took.
         options: further arguments of `generate`, such as `do_sample`.
     """
 
@@ -68,27 +70,26 @@ def decode(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=tokens,
-            min_new_tokens=None,
+            eos_token_id=-1,
             return_dict_in_generate=True,
             **{"do_sample": False, **options},
             **_arguments(way, target, draft),
         )
 
-    first = _seconds(call(new_tokens))[0]
+    first = _seconds(call(new_tokens))[0] if warm_up else None
     torch.cuda.reset_peak_memory_stats()
-    whole = [_seconds(call(new_tokens)) for _ in range(repeats)]
+    seconds, output = _seconds(call(new_tokens))
     peak = torch.cuda.max_memory_allocated()
-    seconds = statistics.median(time for time, _ in whole)
-    prefill = statistics.median(_seconds(call(1))[0] for _ in range(repeats))
-    output = whole[-1][1]
+    prefill, _ = _seconds(call(1))
     stats = getattr(output, "speculation_stats", None)
     written = output.sequences.shape[1] - input_ids.shape[1] - 1
     return Decoded(
         way,
         1e3 * prefill,
         1e3 * (seconds - prefill) / max(1, written),
-        first - seconds,
+        0.0 if first is None else first - seconds,
         stats.tau if stats is not None and stats.rounds else None,
+        0 if stats is None else stats.plain_steps,
         output.sequences,
         peak,
     )
@@ -112,6 +113,7 @@ def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of a call by CUDA events, and what it returns."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    torch.manual_seed(SEED)
     start.record()
     result = function()
     end.record()

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from longspec_hf_kernels import RowMover, pack_ancestor_bits
+from longspec_hf_kernels import RowMover, merge_tree
 from transformers import PreTrainedModel
 
 from ..cache import LongSpecCache
 from ..candidate_generator import LongSpecCandidateGenerator
 from ..settings import TreeSettings
-from ..tree import TokenTree, ancestor_matrix, merge
+from ..tree import TokenTree
 from .capture import Captured
 from .draft_forward import DraftForward
 from .state import RoundState
@@ -28,11 +28,13 @@ class Drafted:
     Attributes:
         tree: T nodes a sequence.
         ancestors: bool `[b, T, T]`.
+        ancestor_bits: the same as int64 `[b, T, words]`.
         cos, sin: `[b, P, rotary_dim]` of the root's position and those after it.
     """
 
     tree: TokenTree
     ancestors: torch.Tensor
+    ancestor_bits: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
 
@@ -191,11 +193,22 @@ class Engine:
         )
         if not settings.depth:
             root = TokenTree.root_only(state.roots)
-            return Drafted(root, root.valid.unsqueeze(-1), cos, sin)
+            itself = root.valid.unsqueeze(-1)
+            return Drafted(root, itself, itself.long(), cos, sin)
         beam = self.forward.beam(state, settings.tree_shape, cos, sin)
         branch = state.branches[:, : settings.ngram_branch_length]
-        tree = merge(state.roots, beam, branch, settings.max_tree_nodes, state.limits)
-        return Drafted(tree, ancestor_matrix(tree.parents, tree.valid, settings.depth), cos, sin)
+        *nodes, bits, ancestors = merge_tree(
+            state.roots,
+            beam.token_ids,
+            beam.parents,
+            beam.scores,
+            beam.widths,
+            branch,
+            state.limits,
+            settings.max_tree_nodes,
+            settings.depth,
+        )
+        return Drafted(TokenTree(*nodes), ancestors, bits, cos, sin)
 
     def verify(self, drafted: Drafted) -> torch.Tensor:
         """The target's logits `[b, T, V]` after every node."""
@@ -207,7 +220,7 @@ class Engine:
         at_depth = depths.unsqueeze(-1).expand(-1, -1, drafted.cos.shape[-1])
         return NodeAttention(
             self.state.lengths,
-            pack_ancestor_bits(drafted.ancestors),
+            drafted.ancestor_bits,
             depths,
             self.state.starts,
             drafted.cos.gather(1, at_depth),

@@ -50,6 +50,8 @@ def reason_against_engine(
         return "`output_hidden_states` is asked for"
     if type(target) not in ENGINE_TARGETS:
         return f"{type(target).__name__} has layers of its own"
+    if bound.parallel is not None:
+        return "the target is sharded over processes"
     if is_compiled(target):
         return "the target is compiled"
     if config.hidden_act != "silu" or draft.config.hidden_act != "silu":
