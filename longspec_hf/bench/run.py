@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--new-tokens", type=int, default=256, help="tokens of a call, default %(default)s")
     models.add_argument("--slow-tokens", type=int, default=64, help="the same for transformers' own ways")
     models.add_argument(
-        "--ways", nargs="*", default=list(WAYS), help="ways of decoding to measure; none: rounds alone"
+        "--ways", nargs="*", default=list(WAYS), choices=WAYS, help="ways of decoding to measure; none: rounds alone"
     )
     models.add_argument("--rounds", action="store_true", help="time single rounds and their parts")
     models.add_argument("--csv", type=Path, help="where to write the figures of the calls")
