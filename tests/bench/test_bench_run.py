@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 
 import pytest
 import torch
@@ -67,9 +68,16 @@ def test_no_ways_means_no_calls():
 def test_prompts_of_a_shape_are_random_and_the_same_again():
     target = tiny_target()
     args = options("--shape", "qwen2.5-7b")
-    ids = bench.prompts(args, target, 50, 3)
+    (ids,) = bench.prompts(args, target, 50, 3)
     assert ids.shape == (3, 50) and len({tuple(line) for line in ids.tolist()}) == 3
-    assert torch.equal(ids, bench.prompts(args, target, 50, 3))
+    assert torch.equal(ids, bench.prompts(args, target, 50, 3)[0])
+
+
+def test_prompts_of_held_out_texts_are_their_ends(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"prompt_ids": list(range(n))}) + "\n" for n in (3, 8, 9, 10, 11)))
+    args = options("--target", "embedded", "--texts", str(path), "--prompts", "2")
+    assert [ids.tolist() for ids in bench.prompts(args, tiny_target(), 4, 1)] == [[[4, 5, 6, 7]], [[6, 7, 8, 9]]]
 
 
 def test_prompts_of_a_target_are_parts_of_its_text(tmp_path):
@@ -79,10 +87,13 @@ def test_prompts_of_a_target_are_parts_of_its_text(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{token}" for token in range(5, 25)))
     args = options("--target", str(folder), "--texts", str(text))
-    assert bench.prompts(args, target, 20, 1).tolist() == [list(range(5, 25))]
-    assert bench.prompts(args, target, 16, 2).tolist() == [list(range(5, 21)), list(range(7, 23))]
-    with pytest.raises(ValueError, match="`texts` must hold at least 21 tokens, got 20"):
-        bench.prompts(args, target, 21, 1)
+    assert [ids.tolist() for ids in bench.prompts(args, target, 20, 1)] == [[list(range(5, 25))]]
+    both = [list(range(5, 21)), list(range(9, 25))]
+    assert [ids.tolist() for ids in bench.prompts(args, target, 16, 2)] == [both]
+    args.prompts = 2
+    assert [ids.tolist() for ids in bench.prompts(args, target, 16, 1)] == [both[:1], both[1:]]
+    with pytest.raises(ValueError, match="`texts` must hold 2 prompts of 20 tokens, got 1"):
+        bench.prompts(args, target, 20, 1)
     with pytest.raises(ValueError, match="`texts` must name a file"):
         bench.prompts(options("--target", str(folder)), target, 4, 1)
 
@@ -91,14 +102,27 @@ def test_calls_become_rows(monkeypatch):
     """Texts are compared with the first way's, as far as both go; ratios stay within a context."""
     texts = {PLAIN: [[1, 2, 3, 4], [5, 6, 7, 8]], LONGSPEC: [[1, 2, 3, 4, 9], [5, 6, 0, 8, 9]]}
 
-    def decode(way, target, draft, ids, tokens):
+    def decode(way, target, draft, ids, tokens, warm_up, **sampling):
+        assert warm_up and sampling == {"do_sample": True, "temperature": 0.5, "top_k": 0}
         assert tokens == {PLAIN: 4, LONGSPEC: 5}[way]
         sequences = torch.cat([ids, torch.tensor(texts[way])], dim=1)
         ms = {PLAIN: 8.0, LONGSPEC: 2.0}[way] * ids.shape[1] / 10
-        return Decoded(way, 40.0, ms, 0.5, None if way == PLAIN else 3.456, sequences, 2**30)
+        return Decoded(way, 40.0, ms, 0.5, None if way == PLAIN else 3.456, 7, sequences, 2**30)
 
     monkeypatch.setattr(bench, "decode", decode)
-    sizes = ["--contexts", "10", "20", "--batch", "2", "--new-tokens", "5", "--slow-tokens", "4"]
+    sizes = [
+        "--contexts",
+        "10",
+        "20",
+        "--batch",
+        "2",
+        "--new-tokens",
+        "5",
+        "--slow-tokens",
+        "4",
+        "--temperature",
+        "0.5",
+    ]
     rows = bench.measure_calls(
         options("--shape", "llama-3-8b", *sizes, "--ways", PLAIN, LONGSPEC), tiny_target(), None
     )
@@ -106,20 +130,22 @@ def test_calls_become_rows(monkeypatch):
     assert rows[3] == {
         "context": 20,
         "batch": 2,
+        "temperature": 0.5,
         "way": LONGSPEC,
         "token_ms": 4.0,
         "tokens_per_second": 500.0,
         "prefill_ms": 40.0,
         "warm_up_s": 0.5,
         "tau": 3.46,
+        "plain_steps": 7,
         "peak_gib": 1.0,
-        "equal_tokens": 2,
-        "of_tokens": 4,
+        "equal_tokens": 6,
+        "of_tokens": 8,
         "over_default": 4.0,
         "over_compiled": None,
         "over_captured_plain": None,
     }
-    assert rows[2]["equal_tokens"] == 4 and rows[2]["tau"] is None
+    assert rows[2]["equal_tokens"] == 8 and rows[2]["tau"] is None
 
 
 def test_ratios_are_to_the_plain_ways():
