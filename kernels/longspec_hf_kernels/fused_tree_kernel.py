@@ -14,6 +14,8 @@ from .masks import words_for
 WARP_SIZE = 32
 # Of a matrix of candidates, done at a time.
 COLUMNS = tl.constexpr(32)
+# Bits of a level's width where all are one number, which every Triton takes as a constant.
+DIGIT = tl.constexpr(9)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -22,7 +24,7 @@ def merge_tree_kernel(
     root, tokens, parents, scores, branch, limits,
     out_tokens, out_parents, out_depths, out_valid, out_bits, out_ancestors,
     stride_root, stride_tokens, stride_parents, stride_scores, stride_branch, stride_limits,
-    NODES: tl.constexpr, LENGTH: tl.constexpr, KEPT: tl.constexpr, WIDTHS: tl.constexpr, HAS_LIMITS: tl.constexpr,
+    NODES: tl.constexpr, LENGTH: tl.constexpr, KEPT: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, HAS_LIMITS: tl.constexpr,
     SHARED_STEPS: tl.constexpr, ANCESTOR_STEPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences,)."""
@@ -32,9 +34,9 @@ def merge_tree_kernel(
     in_branch = (place > NODES) & (place <= NODES + LENGTH)
     depth = tl.where(in_branch, place - NODES, 0)
     first = 1
-    for level in tl.static_range(len(WIDTHS)):
+    for level in tl.static_range(LEVELS):
         depth += (in_beam & (place >= first)).to(tl.int32)
-        first += WIDTHS[level]
+        first += (WIDTHS >> (level * DIGIT)) & (2**DIGIT - 1)
     token = tl.load(tokens + sequence * stride_tokens + place - 1, mask=in_beam, other=0)
     parent = tl.load(parents + sequence * stride_parents + place - 1, mask=in_beam, other=-1).to(tl.int32) + 1
     score = tl.load(scores + sequence * stride_scores + place - 1, mask=in_beam, other=-INFINITY).to(tl.float32)
@@ -146,7 +148,8 @@ def merge_tree_triton(
         NODES=count,
         LENGTH=branch.shape[1],
         KEPT=kept,
-        WIDTHS=widths,
+        LEVELS=len(widths),
+        WIDTHS=sum(width << (level * DIGIT.value) for level, width in enumerate(widths)),
         HAS_LIMITS=limits is not None,
         SHARED_STEPS=max(0, len(widths) - 1).bit_length(),
         ANCESTOR_STEPS=min(depth, kept - 1).bit_length(),

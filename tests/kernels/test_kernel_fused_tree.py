@@ -59,20 +59,23 @@ def test_the_kernel_reads_any_strides(in_triton):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    "sizes, fits",
+    "sizes, version, fits",
     [
-        (((16,) * 15, 15, 128), True),
-        (((16,) * 15, 16, 128), False),
-        (((16,) * 15, 15, 129), False),
-        (((4, 4), 2, 999), True),
+        (((16,) * 15, 15, 128), (3, 3), True),
+        (((16,) * 15, 16, 128), (3, 6), False),
+        (((16,) * 15, 15, 129), (3, 6), False),
+        (((4, 4), 2, 999), (3, 6), True),
+        (((4, 4), 2, 8), (3, 2), False),
     ],
 )
-def test_trees_too_large_for_the_kernel_are_merged_in_pytorch(in_triton, monkeypatch, sizes, fits):
-    from longspec_hf_kernels import fused_tree_kernel
+def test_what_the_kernel_cannot_hold_is_merged_in_pytorch(in_triton, monkeypatch, sizes, version, fits):
+    """256 candidates and 128 nodes at most; Triton 3.2 has no gather."""
+    from longspec_hf_kernels import fused_tree, fused_tree_kernel
 
     problem, called = tree_problem(*sizes, batch=1), []
     kernel = fused_tree_kernel.merge_tree_triton
     monkeypatch.setattr(fused_tree_kernel, "merge_tree_triton", lambda *args: called.append(1) or kernel(*args))
+    monkeypatch.setattr(fused_tree, "triton_version", lambda: version)
     assert_same_tree(merge_tree(**problem), merged_by_hand(problem))
     assert bool(called) == fits
 
