@@ -14,8 +14,6 @@ from .masks import words_for
 WARP_SIZE = 32
 # Of a matrix of candidates, done at a time.
 COLUMNS = tl.constexpr(32)
-# Bits of a level's width where all are one number, which every Triton takes as a constant.
-DIGIT = tl.constexpr(9)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -24,10 +22,11 @@ def merge_tree_kernel(
     root, tokens, parents, scores, branch, limits,
     out_tokens, out_parents, out_depths, out_valid, out_bits, out_ancestors,
     stride_root, stride_tokens, stride_parents, stride_scores, stride_branch, stride_limits,
-    NODES: tl.constexpr, LENGTH: tl.constexpr, KEPT: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, HAS_LIMITS: tl.constexpr,
-    SHARED_STEPS: tl.constexpr, ANCESTOR_STEPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    NODES: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, LENGTH: tl.constexpr, HAS_LIMITS: tl.constexpr,
+    KEPT: tl.constexpr, SHARED_STEPS: tl.constexpr, ANCESTOR_STEPS: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences,)."""
+    """Grid: (sequences,). WIDTHS has 16 bits a level: one number, as not every Triton takes a tuple for a constant."""
     sequence = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     in_beam = (place >= 1) & (place <= NODES)
@@ -36,7 +35,7 @@ def merge_tree_kernel(
     first = 1
     for level in tl.static_range(LEVELS):
         depth += (in_beam & (place >= first)).to(tl.int32)
-        first += (WIDTHS >> (level * DIGIT)) & (2**DIGIT - 1)
+        first += (WIDTHS >> (16 * level)) & 0xFFFF
     token = tl.load(tokens + sequence * stride_tokens + place - 1, mask=in_beam, other=0)
     parent = tl.load(parents + sequence * stride_parents + place - 1, mask=in_beam, other=-1).to(tl.int32) + 1
     score = tl.load(scores + sequence * stride_scores + place - 1, mask=in_beam, other=-INFINITY).to(tl.float32)
@@ -149,7 +148,7 @@ def merge_tree_triton(
         LENGTH=branch.shape[1],
         KEPT=kept,
         LEVELS=len(widths),
-        WIDTHS=sum(width << (level * DIGIT.value) for level, width in enumerate(widths)),
+        WIDTHS=sum(width << (16 * level) for level, width in enumerate(widths)),
         HAS_LIMITS=limits is not None,
         SHARED_STEPS=max(0, len(widths) - 1).bit_length(),
         ANCESTOR_STEPS=min(depth, kept - 1).bit_length(),
