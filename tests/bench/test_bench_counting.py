@@ -79,9 +79,8 @@ def test_the_guesses_are_where_they_were_put(counter):
     stats = output.speculation_stats
     assert output.sequences.tolist() == [counted(5, 3 + NEW_TOKENS)]
     assert 1.5 < stats.tau < 5 and stats.rounds == len(expected)
-    assert stats.accepted_per_depth == [
-        sum(tokens > depth for tokens in expected) for depth in range(1, max(expected))
-    ]
+    depths = range(1, max(expected))
+    assert stats.accepted_per_depth == [sum(tokens > depth for tokens in expected) for depth in depths]
 
 
 @pytest.mark.parametrize("way", WAYS)

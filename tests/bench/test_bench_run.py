@@ -73,79 +73,95 @@ def test_prompts_of_a_shape_are_random_and_the_same_again():
     assert torch.equal(ids, bench.prompts(args, target, 50, 3)[0])
 
 
-def test_prompts_of_held_out_texts_are_their_ends(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"prompt_ids": list(range(n))}) + "\n" for n in (3, 8, 9, 10, 11)))
-    args = options("--target", "embedded", "--texts", str(path), "--prompts", "2")
-    assert [ids.tolist() for ids in bench.prompts(args, tiny_target(), 4, 1)] == [[[4, 5, 6, 7]], [[6, 7, 8, 9]]]
-
-
-def test_prompts_of_a_target_are_parts_of_its_text(tmp_path):
+@pytest.fixture
+def prompts_of(tmp_path):
+    """Prompts that a tiny target gets from a file."""
     folder, _ = save_tiny_pair(tmp_path)
     target = tiny_target()
     target.config.name_or_path = str(folder)
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{token}" for token in range(5, 25)))
-    args = options("--target", str(folder), "--texts", str(text))
-    assert [ids.tolist() for ids in bench.prompts(args, target, 20, 1)] == [[list(range(5, 25))]]
-    both = [list(range(5, 21)), list(range(9, 25))]
-    assert [ids.tolist() for ids in bench.prompts(args, target, 16, 2)] == [both]
-    args.prompts = 2
-    assert [ids.tolist() for ids in bench.prompts(args, target, 16, 1)] == [both[:1], both[1:]]
-    with pytest.raises(ValueError, match="`texts` must hold 2 prompts of 20 tokens, got 1"):
-        bench.prompts(args, target, 20, 1)
+
+    def read(path, context, sequences, count=1):
+        args = options("--target", str(folder), "--texts", str(path), "--prompts", str(count))
+        return [ids.tolist() for ids in bench.prompts(args, target, context, sequences)]
+
+    return read
+
+
+def test_prompts_of_a_text_are_stretches_of_it(tmp_path, prompts_of):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{token}" for token in range(5, 25)))
+    stretches = [list(range(first, first + 16)) for first in (5, 6, 7, 8)]
+    assert prompts_of(path, 20, 1) == [[list(range(5, 25))]]
+    assert prompts_of(path, 16, 1, count=4) == [[ids] for ids in stretches]
+    assert prompts_of(path, 16, 2, count=2) == [stretches[:2], stretches[2:]]
+    with pytest.raises(ValueError, match=r"`texts` must hold 6 prompts of 16 tokens, got 5 in .*text\.txt"):
+        prompts_of(path, 16, 3, count=2)
+
+
+def test_prompts_of_held_out_texts_are_their_last_tokens(tmp_path, prompts_of):
+    path = tmp_path / "texts.jsonl"
+    texts = [list(range(first, first + length)) for first, length in ((5, 10), (20, 4), (30, 12), (40, 11))]
+    path.write_text("".join(json.dumps({"prompt_ids": ids}) + "\n" for ids in texts))
+    long = [texts[0], texts[2][-10:], texts[3][-10:]]
+    assert prompts_of(path, 10, 1, count=3) == [[ids] for ids in long]
+    assert prompts_of(path, 10, 1) == [[long[0]]]
+    with pytest.raises(ValueError, match="`texts` must hold 4 prompts of 10 tokens, got 3"):
+        prompts_of(path, 10, 2, count=2)
+
+
+def test_a_target_needs_a_text():
     with pytest.raises(ValueError, match="`texts` must name a file"):
-        bench.prompts(options("--target", str(folder)), target, 4, 1)
+        bench.prompts(options("--target", "org/target"), tiny_target(), 4, 1)
 
 
-def test_calls_become_rows(monkeypatch):
-    """Texts are compared with the first way's, as far as both go; ratios stay within a context."""
-    texts = {PLAIN: [[1, 2, 3, 4], [5, 6, 7, 8]], LONGSPEC: [[1, 2, 3, 4, 9], [5, 6, 0, 8, 9]]}
+def decoded(way, token_ms, texts, context=2, **fields):
+    sequences = torch.cat([torch.full((len(texts), context), 63), torch.tensor(texts)], dim=1)
+    facts = {"prefill_ms": 40.0, "warm_up_s": 0.5, "tau": None, "plain_steps": 0, "peak_bytes": 2**30}
+    return Decoded(way, token_ms=token_ms, sequences=sequences, **{**facts, **fields})
 
-    def decode(way, target, draft, ids, tokens, warm_up, **sampling):
-        assert warm_up and sampling == {"do_sample": True, "temperature": 0.5, "top_k": 0}
-        assert tokens == {PLAIN: 4, LONGSPEC: 5}[way]
-        sequences = torch.cat([ids, torch.tensor(texts[way])], dim=1)
-        ms = {PLAIN: 8.0, LONGSPEC: 2.0}[way] * ids.shape[1] / 10
-        return Decoded(way, 40.0, ms, 0.5, None if way == PLAIN else 3.456, 7, sequences, 2**30)
 
-    monkeypatch.setattr(bench, "decode", decode)
-    sizes = [
-        "--contexts",
-        "10",
-        "20",
-        "--batch",
-        "2",
-        "--new-tokens",
-        "5",
-        "--slow-tokens",
-        "4",
-        "--temperature",
-        "0.5",
-    ]
-    rows = bench.measure_calls(
-        options("--shape", "llama-3-8b", *sizes, "--ways", PLAIN, LONGSPEC), tiny_target(), None
-    )
-    assert [(row["context"], row["way"]) for row in rows] == [(n, way) for n in (10, 20) for way in (PLAIN, LONGSPEC)]
-    assert rows[3] == {
-        "context": 20,
-        "batch": 2,
-        "temperature": 0.5,
-        "way": LONGSPEC,
-        "token_ms": 4.0,
-        "tokens_per_second": 500.0,
+def test_calls_are_described_by_means_and_compared_with_the_first_way():
+    references = {}
+    plain = [decoded(PLAIN, 8.0, [[1, 2, 3], [4, 5, 6]]), decoded(PLAIN, 4.0, [[1, 1, 1], [2, 2, 2]])]
+    assert bench.describe(plain, 2, 2, references) == {
+        "token_ms": 6.0,
+        "tokens_per_second": 333.3,
         "prefill_ms": 40.0,
         "warm_up_s": 0.5,
-        "tau": 3.46,
-        "plain_steps": 7,
+        "tau": None,
+        "plain_steps": 0,
         "peak_gib": 1.0,
-        "equal_tokens": 6,
-        "of_tokens": 8,
-        "over_default": 4.0,
-        "over_compiled": None,
-        "over_captured_plain": None,
+        "equal_tokens": 12,
+        "of_tokens": 12,
     }
-    assert rows[2]["equal_tokens"] == 8 and rows[2]["tau"] is None
+    texts = [[1, 2, 3, 9], [4, 0, 6, 9]], [[1, 1, 0, 9], [2, 2, 2, 9]]  # longer; what follows a difference is no match
+    facts = {"plain_steps": 3, "peak_bytes": 3 * 2**30, "warm_up_s": 0.0}
+    drafted = [decoded(LONGSPEC, 1.0, texts[0], tau=3.0), decoded(LONGSPEC, 3.0, texts[1], tau=4.5, **facts)]
+    found = bench.describe(drafted, 2, 2, references)
+    assert (found["token_ms"], found["tokens_per_second"], found["tau"]) == (2.0, 1000.0, 3.75)
+    assert (found["plain_steps"], found["peak_gib"], found["warm_up_s"]) == (3, 3.0, 0.5)
+    assert (found["equal_tokens"], found["of_tokens"]) == (3 + 1 + 2 + 3, 12)
+
+
+def test_every_way_is_called_at_every_context(monkeypatch):
+    """transformers' own ways write fewer tokens, and ratios stay within a context."""
+    calls = []
+
+    def decode(way, target, draft, ids, tokens, **options):
+        calls.append((way, ids.shape[1], tokens, options))
+        return decoded(way, {PLAIN: 8.0, LONGSPEC: 2.0}[way] * ids.shape[1], [[1] * tokens], ids.shape[1])
+
+    monkeypatch.setattr(bench, "decode", decode)
+    sizes = ["--contexts", "10", "20", "--new-tokens", "5", "--slow-tokens", "4", "--temperature", "0.8"]
+    args = options("--shape", "llama-3-8b", *sizes, "--ways", PLAIN, LONGSPEC)
+    rows = bench.measure_calls(args, tiny_target(), None)
+    sampled = {"warm_up": True, "do_sample": True, "temperature": 0.8, "top_k": 0}
+    assert calls == [(way, n, k, sampled) for n in (10, 20) for way, k in ((PLAIN, 4), (LONGSPEC, 5))]
+    assert [(row["context"], row["batch"], row["way"], row["temperature"]) for row in rows] == [
+        (n, 1, way, 0.8) for n in (10, 20) for way in (PLAIN, LONGSPEC)
+    ]
+    assert [row["over_default"] for row in rows] == [1.0, 4.0, 1.0, 4.0]
+    assert {row["over_compiled"] for row in rows} == {row["over_captured_plain"] for row in rows} == {None}
 
 
 def test_ratios_are_to_the_plain_ways():
