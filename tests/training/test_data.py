@@ -26,12 +26,13 @@ from longspec_hf.training import (
     save_tokens,
     set_draft_vocabulary,
 )
+from longspec_hf.training.run import ScriptArguments, load_rows
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token per character; `|` is the end."""
-    characters = {c: i for i, c in enumerate("|abcdefghijklmnopqrstuvwxyz \n\u241e.,?'`ESWTRy:")}
+    characters = {c: i for i, c in enumerate("|abcdefghijklmnopqrstuvwxyz \n\u241e.,?'`DEGHRSTW:")}
     tokenizer = Tokenizer(models.WordLevel({**characters, "?": len(characters)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|", unk_token="?")
@@ -107,6 +108,14 @@ def test_a_prompt_can_be_left_unlearned(tmp_path):
     with pytest.raises(ValueError, match=r"`first_label` must be 0 for .*own.npy, which has no rows, got 2"):
         load_token_rows(path, 4, first_label=2)
     assert [file.name for file in tmp_path.iterdir()] == ["own.npy"]
+
+
+def test_sources_of_a_command_line_name_repetitions_and_prompts(tmp_path):
+    save_tokens(tmp_path / "own.npy", np.array([[5, 6, 7, 8]], dtype=np.uint16))
+    sources = [f"{tmp_path}/own.npy", f"{tmp_path}/own.npy*2", f"{tmp_path}/own.npy@3", f"{tmp_path}/own.npy@2*2"]
+    rows = load_rows(ScriptArguments(tokens=sources), None, 4)
+    unlearned = [int((rows[index]["labels"] == -100).sum()) for index in range(len(rows))]
+    assert unlearned == [0, 0, 0, 3, 2, 2]
 
 
 def test_the_target_continues_prompts(tokenizer):
