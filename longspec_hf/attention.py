@@ -42,6 +42,7 @@ class TreeAttention:
         prefix_lens: torch.Tensor,
         starts: torch.Tensor | None,
         dropped: Sequence[tuple[int, ...] | None],
+        devices: Sequence[torch.device],
         soft_capped: bool = True,
     ) -> list[TreeAttention]:
         """Metadata of trees whose rows follow `prefix_lens` (int32 `[B]`) committed ones, for every layer.
@@ -50,16 +51,19 @@ class TreeAttention:
             tree: the trees.
             prefix_lens, starts: of the texts.
             dropped: per layer, rows of each text that its buffers no longer hold; `None` where none ever are.
+            devices: per layer, where its buffers are.
             soft_capped: as above.
         """
         bits = tree.ancestor_bits()
-        kinds: dict[tuple[int, ...] | None, TreeAttention] = {}
-        for offsets in dropped:
-            if offsets not in kinds:
+        layers = list(zip(dropped, devices, strict=True))
+        kinds: dict[tuple[tuple[int, ...] | None, torch.device], TreeAttention] = {}
+        for offsets, device in layers:
+            if (offsets, device) not in kinds:
                 gone = torch.tensor(offsets or 0, dtype=torch.int32, device=prefix_lens.device)
-                first = None if starts is None else (starts - gone).clamp(min=0)
-                kinds[offsets] = cls(prefix_lens - gone, bits, tree.depths, first, soft_capped)
-        return [kinds[offsets] for offsets in dropped]
+                first = None if starts is None else (starts - gone).clamp(min=0).to(device)
+                lengths, depths = (prefix_lens - gone).to(device), tree.depths.to(device)
+                kinds[offsets, device] = cls(lengths, bits.to(device), depths, first, soft_capped)
+        return [kinds[layer] for layer in layers]
 
 
 def tree_attention_forward(

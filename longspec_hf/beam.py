@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from longspec_hf_kernels import level_depths
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,7 @@ class Beam:
     @property
     def depths(self) -> torch.Tensor:
         """`[B, N]` depth of each node, 1 for the root's children."""
-        device = self.token_ids.device
-        levels = torch.arange(1, len(self.widths) + 1, device=device)
-        return levels.repeat_interleave(torch.tensor(self.widths, dtype=torch.long, device=device)).expand_as(
-            self.token_ids
-        )
+        return level_depths(self.token_ids, self.widths)
 
     @staticmethod
     def empty(batch_size: int, device: torch.device) -> Beam:

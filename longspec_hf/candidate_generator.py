@@ -66,8 +66,8 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         self.chain_cache = chain_cache
         self.chain_max_length = chain_max_length
         self.rows = [DraftedSequence(NgramIndex(settings.ngram_min_match)) for _ in range(sequences)]
-        # Only nodes that are expanded have K/V: the root and all levels but the last.
-        tree_rows = 1 + sum(settings.tree_shape[:-1])
+        # Only nodes that are expanded have K/V: the root and all levels but the last. A path's may come at once.
+        tree_rows = max(1 + sum(settings.tree_shape[:-1]), 1 + settings.depth)
         config = draft.config
         self.window = DraftWindow(
             config.sliding_window,
@@ -97,20 +97,26 @@ class LongSpecCandidateGenerator(CandidateGenerator):
             row.root_position = int(positions[number, -1])
             if embeds is None:
                 tail = torch.tensor(list(ids[-window:]), dtype=torch.long, device=self.draft.device)
-                tails.append(self.bound.embed_tokens(tail))
+                tails.append(self.bound.embed(tail))
             else:
                 # No more than there are positions: what lies before position 0 is padding.
                 tails.append(embeds[number, -min(window, row.root_position + 1) :].to(self.draft.device))
         lasts = torch.tensor([row.root_position for row in self.rows], device=self.draft.device)
         self._project(tails, lasts)
 
-    def append(self, token_ids: Sequence[Sequence[int]]) -> None:
-        """Read newly committed tokens of the first sequences; the last becomes the root of the next tree."""
+    def append(self, token_ids: Sequence[Sequence[int]], projected: bool = False) -> None:
+        """Read newly committed tokens of the first sequences; the last becomes the root of the next tree.
+
+        Args:
+            token_ids: of each sequence.
+            projected: whether the window holds the rows of all but the last already.
+        """
         for row, ids in zip(self.rows, token_ids, strict=False):
             row.index.extend(ids)
-            if row.root >= 0:
-                row.waiting.append(row.root)
-            row.waiting.extend(ids[:-1])
+            if not projected:
+                if row.root >= 0:
+                    row.waiting.append(row.root)
+                row.waiting.extend(ids[:-1])
             # What the window cannot hold need not be remembered.
             del row.waiting[: -self.draft.config.sliding_window]
             row.root = ids[-1]
@@ -163,6 +169,8 @@ class LongSpecCandidateGenerator(CandidateGenerator):
             settings.max_tree_nodes,
             limits if static_shape or min(max_depths) < settings.depth else None,
         )
+        if self.bound.parallel is not None:  # all processes must verify the same tree
+            tree = TokenTree(*self.bound.parallel.agree([tree.token_ids, tree.parents, tree.depths, tree.valid]))
         return tree if static_shape else tree.trim()
 
     def _flush(self, rows: Sequence[DraftedSequence]) -> None:
@@ -170,7 +178,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         if not any(row.waiting for row in rows):
             return
         device = self.draft.device
-        embeds = [self.bound.embed_tokens(torch.tensor(row.waiting, dtype=torch.long, device=device)) for row in rows]
+        embeds = [self.bound.embed(torch.tensor(row.waiting, dtype=torch.long, device=device)) for row in rows]
         self._project(embeds, torch.tensor([row.root_position - 1 for row in rows], device=device))
         for row in rows:
             row.waiting = []
@@ -248,13 +256,19 @@ class LongSpecCandidateGenerator(CandidateGenerator):
                 window=self.window.window,
             )
 
-        def attend_target(q: torch.Tensor) -> torch.Tensor:
+        def attend_rows(q: torch.Tensor) -> torch.Tensor:
             return hybrid_tree_attention(
                 q, context.keys, context.values, context.lengths, None, starts=context.starts, scale=scale
             )
 
+        def attend_target(q: torch.Tensor) -> torch.Tensor:
+            parallel = self.bound.parallel
+            if parallel is None or context.keys.shape[1] == self.draft.config.num_key_value_heads:
+                return attend_rows(q)
+            return parallel.attend(attend_rows, q)
+
         position_ids = torch.minimum(context.root_positions + depth, context.last_positions).expand_as(token_ids)
-        embeds = self.bound.embed_tokens(token_ids)
+        embeds = self.bound.embed(token_ids)
         cos, sin = self.bound.position_embeddings(position_ids, embeds)
         hidden = self.draft.layer(embeds, cos, sin, attend_window, attend_target)
         return self.draft.next_token_logits(hidden, self.bound.logits, token_ids, position_ids)

@@ -40,6 +40,8 @@ class LongSpecDraftConfig(PreTrainedConfig):
         ngram_min_match: shortest run of tokens that must have occurred before for a branch to be copied.
         recheck_near_ties: whether greedy decoding decides positions whose two best scores nearly tie by a one-token
             forward, as plain decoding does; for bf16 and fp16 targets.
+        fallback_to_plain: whether a call goes on with plain steps while its rounds do not pay.
+        capture_rounds: whether rounds on a GPU run as captured CUDA graphs, for targets that allow it.
         target_name_or_path: the model this draft was trained for.
         initializer_range: standard deviation of freshly initialised weights.
 
@@ -69,6 +71,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
     ngram_min_match: int = 2
     recheck_near_ties: bool = False
     fallback_to_plain: bool = True
+    capture_rounds: bool = True
     target_name_or_path: str | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -90,6 +93,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
             self.ngram_min_match,
             self.recheck_near_ties,
             self.fallback_to_plain,
+            self.capture_rounds,
         )
 
     def validate_sizes(self) -> None:
@@ -174,6 +178,7 @@ def validate_tree_settings(
     ngram_min_match: int,
     recheck_near_ties: bool = False,
     fallback_to_plain: bool = True,
+    capture_rounds: bool = True,
 ) -> None:
     """Check the settings of the token tree; raises a ValueError that names the setting."""
     if isinstance(tree_shape, (str, bytes)) or not hasattr(tree_shape, "__iter__"):
@@ -187,7 +192,12 @@ def validate_tree_settings(
     _expect_int("max_tree_nodes", max_tree_nodes, minimum=1)
     _expect_int("ngram_branch_length", ngram_branch_length, minimum=0)
     _expect_int("ngram_min_match", ngram_min_match, minimum=1)
-    for name, value in (("recheck_near_ties", recheck_near_ties), ("fallback_to_plain", fallback_to_plain)):
+    switches = {
+        "recheck_near_ties": recheck_near_ties,
+        "fallback_to_plain": fallback_to_plain,
+        "capture_rounds": capture_rounds,
+    }
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from .cache import LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
-from .pacing import Pacer
+from .engine import Engine
+from .pacing import ENGINE_CERTAIN, ENGINE_PATIENCE, Pacer
 from .prompts import Prompts
+from .settings import TreeSettings
 from .stats import SpeculationStats
 from .text import HARD_TIE_ULPS, TokenDrawer
 from .tree import TokenTree
@@ -56,6 +58,7 @@ class Decoder:
         drawers: per sequence, draws and commits tokens; their texts are the prompts.
         prompts: the prompts.
         max_length: longest text, prompt included. No tree reaches past it.
+        make_engine: gives, after the prefill, what runs the rounds on the device, or `None` where nothing can.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Decoder:
         drawers: Sequence[TokenDrawer],
         prompts: Prompts,
         max_length: int,
+        make_engine: Callable[[], Engine | None] = lambda: None,
     ) -> None:
         self.target = target
         self.generator = generator
@@ -78,6 +82,8 @@ class Decoder:
         self.pacer = Pacer(self.settings.fallback_to_plain)
         self.stats = SpeculationStats()
         self.active = len(self.drawers)
+        self.make_engine = make_engine
+        self.engine: Engine | None = None
         self._swaps: list[tuple[int, int]] = []
         self._exact_rows = 0
 
@@ -96,6 +102,9 @@ class Decoder:
             self._restore_order()
             self.cache.truncate(rows_before)
             raise
+        finally:
+            if self.engine is not None:
+                self.engine.close()
         if self.pacer.pauses:
             self.stats.pauses = self.pacer.pauses
             self.stats.fallback_reason = (
@@ -115,23 +124,78 @@ class Decoder:
         prompts = self.prompts
         self.generator.start(prompts.token_ids, prompts.positions, prompts.embeds)
         self.generator.append([[token] for token, _ in drawn])
+        self.engine = self.make_engine()
+        if self.engine is not None:
+            self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, ENGINE_CERTAIN)
         self._retire([stopped for _, stopped in drawn])
+        if self.engine is not None and self.active:
+            self.engine.load(self._limits(), self.starts)
 
     def _step(self) -> None:
         """One forward of the target and what belongs to it."""
+        sequences, speculates = self.active, self.pacer.speculates()
+        settings = self.settings if speculates else self.settings.limited_to(0)
+        usual = True
+        if self.engine is not None:
+            greedy = self._is_greedy()
+            self.engine.prepare(settings, greedy)
+            usual = self.engine.replays(settings, greedy)
         began = time.perf_counter()
-        sequences = self.active
-        if self.pacer.speculates():
+        if self.engine is not None:
+            committed, full = self._engine_round(self.engine, settings)
+        elif speculates:
             committed, full = self._round()
-            self.pacer.add_round(time.perf_counter() - began, committed / sequences, full)
         else:
             self._plain_step()
-            self.pacer.add_plain(time.perf_counter() - began)
+        seconds = self._seconds_since(began) if usual else None
+        if speculates:
+            self.pacer.add_round(seconds, committed / sequences, full)
+        else:
+            self.pacer.add_plain(seconds)
+
+    def _seconds_since(self, began: float) -> float:
+        seconds, parallel = time.perf_counter() - began, self.generator.bound.parallel
+        if parallel is None or not self.pacer.enabled:
+            return seconds
+        return parallel.agree_on_seconds(seconds)  # else processes would go over to plain steps at different times
+
+    def _limits(self) -> list[int]:
+        """Deepest node that each sequence's tree may have."""
+        # Plain decoding would not read a token at position max_length - 1 or later, so no tree does.
+        return [self.max_length - drawer.text.length - 1 for drawer in self.drawers[: self.active]]
+
+    def _is_greedy(self) -> bool:
+        return all(drawer.is_plain_argmax for drawer in self.drawers[: self.active])
+
+    def _engine_round(self, engine: Engine, settings: TreeSettings) -> tuple[int, bool]:
+        """`_round` on the device; a plain step where the settings allow the root alone."""
+        limits, drawers = self._limits(), self.drawers[: self.active]
+        if self._is_greedy():
+            drafted, proposed = engine.greedy_round(settings)
+            tokens, stopped = map(list, zip(*map(TokenDrawer.commit_all, drawers, proposed), strict=True))
+        else:
+            tree, logits = engine.draft_and_verify(settings)
+            paths = tree.path_lists()
+            walks = [walk(*paths[row], _node_drawer(drawer, logits[row], False)) for row, drawer in enumerate(drawers)]
+            tokens, stopped = [result.tokens for result in walks], [result.stopped for result in walks]
+            drafted = [len(ids) - 1 for ids, _ in paths]
+            engine.commit(settings, [result.visited for result in walks], tokens)
+        counts = list(map(len, tokens))
+        self.cache.set_lengths([old + new for old, new in zip(self.cache.row_lengths, counts, strict=False)])
+        self.generator.append(tokens, projected=True)
+        if settings.depth:
+            self.stats.add_round(drafted, counts)
+        else:
+            self.stats.add_plain_step(self.active)
+        self._retire(stopped)
+        if any(stopped) and self.active:
+            engine.load(self._limits(), self.starts)
+        depths = [settings.limited_to(limit).depth for limit in limits]
+        return sum(counts), all(n > d or s for n, d, s in zip(counts, depths, stopped, strict=True))
 
     def _round(self) -> tuple[int, bool]:
         """Draft, verify, walk, commit; returns the tokens committed and whether all trees were used to the end."""
-        # Plain decoding would not read a token at position max_length - 1 or later, so no tree does.
-        limits = [self.max_length - drawer.text.length - 1 for drawer in self.drawers[: self.active]]
+        limits = self._limits()
         tree = self.generator.propose(self.cache, limits, self.starts, self.target.static_shapes)
         logits = self.target.verify(tree, self.generator.root_positions(self.active))
         paths = tree.path_lists()

@@ -30,11 +30,20 @@ def window_mask(
 
 
 def cross_attention_mask(
-    length: int, shift: int, device: torch.device, attention_mask: torch.Tensor | None = None
+    length: int,
+    shift: int,
+    device: torch.device,
+    attention_mask: torch.Tensor | None = None,
+    target_window: int | None = None,
 ) -> torch.Tensor:
-    """Boolean `[1 or B, 1, T, T]`: query p sees target rows 0 .. p - shift that are not padding."""
+    """Boolean `[1 or B, 1, T, T]`: query p sees target rows 0 .. p - shift that are not padding.
+
+    At inference a node `shift` tokens behind the newest target row sees what the next token of the target's layer
+    would: of a layer with a window, the newest `target_window - 1` of those rows.
+    """
     position = torch.arange(length, device=device)
-    mask = (position[:, None] - position[None, :] >= shift)[None, None]
+    behind = position[:, None] - shift - position[None, :]
+    mask = ((behind >= 0) if target_window is None else (behind >= 0) & (behind < target_window - 1))[None, None]
     return mask if attention_mask is None else mask & attention_mask[:, None, None, :].bool()
 
 
@@ -62,6 +71,21 @@ def shifted_causal_attention(
         return query * 0.0
     attended = F.scaled_dot_product_attention(
         query[:, :, shift:], key[:, :, :kept], value[:, :, :kept], is_causal=True, scale=scale, enable_gqa=True
+    )
+    return F.pad(attended, (0, 0, shift, 0))
+
+
+def shifted_window_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shift: int, target_window: int, scale: float
+) -> torch.Tensor:
+    """`masked_attention` under `cross_attention_mask` with a target window and without padding, in linear time."""
+    kept = query.shape[2] - shift
+    if target_window > kept:
+        return shifted_causal_attention(query, key, value, shift, scale)
+    if target_window == 1:
+        return query * 0.0
+    attended = blocked_window_attention(
+        query[:, :, shift:], key[:, :, :kept], value[:, :, :kept], target_window - 1, scale
     )
     return F.pad(attended, (0, 0, shift, 0))
 

@@ -65,6 +65,25 @@ class DraftWindow:
             self._lengths[row] = into.stop
         self._publish_lengths()
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """`lengths`, known without asking the device."""
+        return self._lengths
+
+    def make_room(self, sequences: int, rows: int) -> bool:
+        """Let the first sequences take `rows` (at most `window`) rows more without a move; says whether one moved."""
+        full = [row for row in range(sequences) if self._lengths[row] + rows > 2 * self.window]
+        for row in full:
+            self._move_to_front(row)
+        if full:
+            self._publish_lengths()
+        return bool(full)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Take note of rows of the first sequences that were written behind the others, as `write_tree` does."""
+        for row, count in enumerate(counts):
+            self._lengths[row] += count
+
     def write_tree(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tree rows `first ..` `[b, Hkv, n, D]` of the first b sequences behind the committed ones."""
         batch, _, count, _ = keys.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, StaticCache, generation
 from transformers.generation import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 
@@ -81,6 +82,21 @@ def reason_of_layers(config: PreTrainedConfig) -> str | None:
     """Which layers of the target cannot verify a token tree, or `None`."""
     others = sorted(set(getattr(config, "layer_types", None) or ()) - TREE_LAYER_TYPES)
     return f"the target has layers of type {', '.join(others)}, which take no token tree" if others else None
+
+
+def reason_of_modules(target: nn.Module) -> str | None:
+    """Which layers of the target round a token by what else is in its forward, or `None`.
+
+    PyTorch's dynamic quantisation has one scale for all rows of a forward; bitsandbytes' int8 takes the columns where
+    any row has an outlier out of the int8 product. Scales of each row by itself do no harm.
+    """
+    for module in target.modules():
+        kind = type(module)
+        if kind.__module__.startswith("torch.ao.nn.quantized.dynamic"):
+            return "its dynamically quantised layers scale their inputs by the whole forward"
+        if kind.__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0.0) > 0.0:
+            return "its int8 layers find outliers in the whole forward (`llm_int8_threshold=0.0` would not)"
+    return None
 
 
 def reason_of_rope(config: PreTrainedConfig, prompt_length: int, max_length: int) -> str | None:

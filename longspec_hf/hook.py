@@ -38,9 +38,18 @@ from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
-from .fallback import reason_of_batch, reason_of_config, reason_of_inputs, reason_of_layers, reason_of_rope
+from .engine import ENGINE_DEVICES, Engine, reason_against_engine
+from .fallback import (
+    reason_of_batch,
+    reason_of_config,
+    reason_of_inputs,
+    reason_of_layers,
+    reason_of_modules,
+    reason_of_rope,
+)
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
+from .placement import draft_device
 from .prompts import read_prompts
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
@@ -153,7 +162,7 @@ def _wrap_pipeline_loading(original: Callable) -> Callable:
             config = AutoConfig.from_pretrained(assistant_model)
             if isinstance(config, LongSpecDraftConfig):
                 assistant_model = LongSpecDraftModel.from_pretrained(assistant_model, dtype=model.dtype)
-                assistant_model = assistant_model.to(model.device)
+                assistant_model = assistant_model.to(draft_device(config, model))
         if isinstance(assistant_model, LongSpecDraftModel) and model.can_generate():
             return assistant_model, None
         return original(model, assistant_model, assistant_tokenizer)
@@ -183,6 +192,7 @@ def _longspec_decoding(
     reason = (
         reason_of_config(generation_config, settings, synced_gpus)
         or reason_of_layers(text_config)
+        or reason_of_modules(target)
         or reason_of_inputs(model_kwargs, CACHE_ARG, generation_config)
         or reason_of_rope(text_config, prompts.positions.shape[1], generation_config.max_length)
     )
@@ -222,7 +232,16 @@ def _longspec_decoding(
         for row in range(input_ids.shape[0])
     ]
     runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, prompts.starts)
-    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length).run()
+
+    reason = None
+
+    def make_engine() -> Engine | None:
+        nonlocal reason
+        reason = reason_against_engine(target, draft, bound, settings, cache, runner.hidden_states is not None)
+        return None if reason else Engine(target, generator, cache)
+
+    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, make_engine).run()
+    stats.uncaptured_reason = reason if target.device.type in ENGINE_DEVICES else None
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):
@@ -301,7 +320,7 @@ class _Runner:
         mask = None
         if self.starts is not None:
             rows = torch.arange(self.cache.get_seq_length() + 1, device=token.device)
-            mask = (rows >= self.starts.unsqueeze(1)).long()
+            mask = (rows >= self.starts.unsqueeze(1).to(rows.device)).long()
         outputs = self.target(
             input_ids=token.unsqueeze(0),
             position_ids=torch.full((1, 1), position, device=token.device),
@@ -325,6 +344,7 @@ class _Runner:
                 lengths.to(device),
                 None if self.starts is None else self.starts[:sequences],
                 [layer.dropped_rows(sequences) for layer in self.cache.layers],
+                [layer.device for layer in self.cache.layers],
                 # Left out by PyTorch's attention in transformers 5.17; 5.24 refuses it there, at the prefill already.
                 soft_capped=_SWITCH.chosen(self.text_config) != "sdpa",
             )

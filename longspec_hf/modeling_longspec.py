@@ -28,8 +28,10 @@ from .draft_attention import (
     cross_attention_mask,
     masked_attention,
     shifted_causal_attention,
+    shifted_window_attention,
     window_mask,
 )
+from .placement import draft_device
 
 Attend = Callable[..., torch.Tensor]
 """Maps rotated queries (and, in self-attention, keys and values) `[B, heads, T, D]` to `[B, Hq, T, D]`."""
@@ -137,15 +139,14 @@ class LongSpecDraftModel(PreTrainedModel):
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides: Any) -> LongSpecDraftModel:
-        """A freshly initialised draft for `target`, on its device and in its dtype.
+        """A freshly initialised draft for `target`, in its dtype and on the device of the layer it reads.
 
         Args:
             target: the model to draft for.
             **overrides: fields of [`LongSpecDraftConfig`].
         """
         config = LongSpecDraftConfig.from_target(target.config, **overrides)
-        decoder = target.get_decoder()
-        return cls(config).to(device=decoder.device, dtype=decoder.dtype).eval()
+        return cls(config).to(device=draft_device(config, target), dtype=target.get_decoder().dtype).eval()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +170,9 @@ class LongSpecDraftModel(PreTrainedModel):
                 f"draft: {'; '.join(faults)}. {CONVERSION_HINT}"
             )
         return (model, info) if wants_info else model
+
+    def get_input_embeddings(self) -> None:
+        """`None`: token embeddings are the target's."""
 
     def layer(
         self,
@@ -227,6 +231,7 @@ class LongSpecDraftModel(PreTrainedModel):
         target_value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cross_attention_shift: int = 1,
+        target_window: int | None = None,
     ) -> LongSpecDraftOutput:
         """Run the layer over a whole text, as in training.
 
@@ -238,12 +243,14 @@ class LongSpecDraftModel(PreTrainedModel):
                 without a mask faster kernels are used.
             cross_attention_shift: query p sees target rows 0 .. p - shift. The first `shift` queries see none, and
                 their cross-attention output is zero.
+            target_window: of a target layer with a sliding window, the keys that its own queries see; here a query
+                sees the newest `target_window - 1` of the rows named above, as at inference.
         """
         length, scale = inputs_embeds.shape[1], self.config.head_dim**-0.5
         window, shift = self.config.sliding_window, cross_attention_shift
         if attention_mask is not None:
             near = window_mask(length, window, inputs_embeds.device, attention_mask)
-            before = cross_attention_mask(length, shift, inputs_embeds.device, attention_mask)
+            before = cross_attention_mask(length, shift, inputs_embeds.device, attention_mask, target_window)
 
         def attend_window(q: torch.Tensor, k: Any, v: Any) -> torch.Tensor:
             if attention_mask is None:
@@ -251,9 +258,11 @@ class LongSpecDraftModel(PreTrainedModel):
             return masked_attention(q, k, v, near, scale)
 
         def attend_target(q: torch.Tensor, *_: Any) -> torch.Tensor:
-            if attention_mask is None:
+            if attention_mask is not None:
+                return masked_attention(q, target_key, target_value, before, scale)
+            if target_window is None:
                 return shifted_causal_attention(q, target_key, target_value, shift, scale)
-            return masked_attention(q, target_key, target_value, before, scale)
+            return shifted_window_attention(q, target_key, target_value, shift, target_window, scale)
 
         cos, sin = position_embeddings
         if self.gradient_checkpointing and self.training:

@@ -14,6 +14,10 @@ SHARE = 0.05
 """Part of plain decoding's time that rounds may lose in the long run."""
 CREDIT = 4.0
 """Most that can be saved up, in plain steps: bad luck of a few rounds is no reason to stop what has paid."""
+ENGINE_PATIENCE = 8
+"""Rounds of the engine before plain steps are timed, whose graph must be captured first."""
+ENGINE_CERTAIN = 2.0
+"""Mean tokens of the engine's rounds from which on they pay, untimed: a round is read-bound as a plain step is."""
 LARGEST_LOSS = 10.0
 """Most that one round is charged, in plain steps: a kernel compiled on the way is no reason to stop for long."""
 
@@ -23,12 +27,17 @@ class Pacer:
 
     Args:
         enabled: `False` always chooses the round.
+        patience: rounds before plain steps are timed.
+        certain: mean tokens a round from which on rounds pay for certain.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, patience: int = 1, certain: float = float("inf")) -> None:
         self.enabled = enabled
+        self.patience = patience
+        self.certain = certain
         self.pauses = 0
         self.rounds = 0
+        self.tokens = 0.0
         self.plain_seconds: float | None = None
         self._timed_steps = 0
         self._credit = 0.0
@@ -41,24 +50,28 @@ class Pacer:
         if not self.enabled or self._always_full:
             return True
         if self._timed_steps < PLAIN_STEPS:
-            return False
+            return self.rounds < self.patience or self.tokens >= self.certain * self.rounds
         return self._credit >= 0
 
-    def add_round(self, seconds: float, tokens: float, full: bool) -> None:
+    def add_round(self, seconds: float | None, tokens: float, full: bool) -> None:
         """Take note of a round.
 
         Args:
-            seconds: its time.
+            seconds: its time; `None` where it was not a usual one.
             tokens: tokens it committed, the mean over the sequences.
             full: whether it could not have committed more.
         """
         self.rounds += 1
+        self.tokens += tokens
         self._always_full &= full
-        self._pending.append((seconds, tokens))
+        if seconds is not None:
+            self._pending.append((seconds, tokens))
         self._settle()
 
-    def add_plain(self, seconds: float) -> None:
-        """Take note of a plain step."""
+    def add_plain(self, seconds: float | None) -> None:
+        """Take note of a plain step and its time, `None` where it was not a usual one."""
+        if seconds is None:
+            return
         self._timed_steps += 1
         if self.plain_seconds is None:
             self.plain_seconds = seconds

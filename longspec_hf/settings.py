@@ -18,6 +18,7 @@ TREE_SETTINGS = (
     "ngram_min_match",
     "recheck_near_ties",
     "fallback_to_plain",
+    "capture_rounds",
 )
 CPU_TREE = {"tree_shape": (4, 4, 4), "max_tree_nodes": 8, "ngram_branch_length": 3}
 """The tree on a CPU where nobody has chosen one.
@@ -37,6 +38,7 @@ class TreeSettings:
     ngram_min_match: int
     recheck_near_ties: bool = False
     fallback_to_plain: bool = True
+    capture_rounds: bool = True
 
     @property
     def max_nodes(self) -> int:
@@ -47,6 +49,11 @@ class TreeSettings:
     def depth(self) -> int:
         """Deepest node a tree of these settings can have."""
         return max(len(self.tree_shape), self.ngram_branch_length)
+
+    @property
+    def longest_path(self) -> int:
+        """Most nodes a path can have, the root included."""
+        return min(self.depth + 1, self.max_nodes)
 
     def limited_to(self, depth: int) -> TreeSettings:
         """The same settings with no node deeper than `depth`."""

@@ -24,6 +24,8 @@ class SpeculationStats:
         committed_by_prefill: those of them that came from the prefill's logits (1 a sequence), not from a round.
         accepted_per_depth: entry d counts the rounds whose drafted node of depth d + 1 was committed.
         prefill_seconds, decode_seconds: wall time before and after the first new token.
+        uncaptured_reason: why rounds on a GPU ran through the target's own forward instead of as captured graphs;
+            `None` if they did not, or ran elsewhere.
         fallback_reason: why the call, or a part of it, ran without speculation; `None` if it did not.
     """
 
@@ -38,6 +40,7 @@ class SpeculationStats:
     accepted_per_depth: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    uncaptured_reason: str | None = None
     fallback_reason: str | None = None
 
     @property

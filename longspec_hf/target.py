@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .configuration_longspec import LongSpecDraftConfig
-from .few_rows_linear import linear
 from .modeling_longspec import LongSpecDraftModel
+from .placement import draft_device, resolve_layer_idx
+from .target_head import TargetHead, beside
+from .tensor_parallel import TensorParallel
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -20,38 +22,47 @@ FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 class BoundTarget:
     """A target as its draft sees it. Nothing here is stored on either model.
 
+    Its parts may lie on other devices than the draft: ids and hidden states go there, rows and logits come back.
+
     Attributes:
         layer_idx: the target layer whose cache the cross-attention reads.
+        layer_window: keys a query of that layer sees, its own included; `None` for all.
         rotary_layer_type: kind of that layer, where the rotary module has a table per kind (Gemma 3), else `None`.
         rotary_axes: axes of a position (3 in Qwen2-VL's family), all the same in text.
-        head_weight: `[proposable tokens, hidden]`, the target's head, gathered to the draft vocabulary.
-        head_bias: `[proposable tokens]` or `None`.
+        head: the target's head, over the tokens that the draft may propose.
         token_ids: `[proposable tokens]` names of the head's rows, `None` when they are 0, 1, 2, ...
+        parallel: the processes that share the target, `None` if it is not sharded.
     """
 
     embed_tokens: nn.Module
     rotary_emb: nn.Module
     norm: nn.Module | None
-    head_weight: torch.Tensor
-    head_bias: torch.Tensor | None
+    head: TargetHead
     token_ids: torch.Tensor | None
     logit_softcap: float | None
     layer_idx: int
+    layer_window: int | None
     rotary_layer_type: str | None
     rotary_axes: int = 1
+    parallel: TensorParallel | None = None
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[..., hidden]` of tokens `[...]`, on their device."""
+        return self.embed_tokens(beside(token_ids, self.embed_tokens)).to(token_ids.device)
 
     def position_embeddings(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(cos, sin)` `[B, T, rotary_dim]` of positions `[B, T]`, in the dtype and on the device of `like`."""
-        if self.rotary_layer_type is not None:
-            return self.rotary_emb(like, position_ids, self.rotary_layer_type)
+        kind = () if self.rotary_layer_type is None else (self.rotary_layer_type,)
         if self.rotary_axes > 1:
             position_ids = position_ids.expand(self.rotary_axes, -1, -1)
-        return self.rotary_emb(like, position_ids)
+        cos, sin = self.rotary_emb(like, position_ids, *kind)
+        return cos.to(like.device), sin.to(like.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores `[..., proposable tokens]` of the layer's output `[..., hidden]`, in fp32 (fp64 stays fp64)."""
-        hidden = hidden if self.norm is None else self.norm(hidden)
-        logits = linear(hidden, self.head_weight, self.head_bias)
+        device = hidden.device
+        hidden = hidden if self.norm is None else self.norm(beside(hidden, self.norm))
+        logits = self.head.scores(hidden).to(device)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.logit_softcap is not None:
             logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
@@ -63,7 +74,7 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
 
     Args:
         draft, target: the pair.
-        mixed_precision: let dtypes differ, as in training, where the draft has fp32 master weights.
+        mixed_precision: let dtypes and devices differ, as in training, where the draft has fp32 master weights.
 
     Raises:
         ValueError: sizes, device or dtype do not fit, or the target has no part the draft needs; the message names
@@ -91,50 +102,34 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
             f"`assistant_model` has dtype {draft.dtype}, expected the target's {decoder.dtype}. Load it with "
             f"`dtype={decoder.dtype}` or call `draft.to({decoder.dtype})`."
         )
-    if draft.device != decoder.device:
+    device = draft_device(draft.config, target)
+    if draft.device != device and not mixed_precision:
         raise ValueError(
-            f"`assistant_model` is on device {draft.device}, expected the target's {decoder.device}. Call "
-            f"`draft.to({str(decoder.device)!r})`."
+            f"`assistant_model` is on device {draft.device}, expected the target's {device}, where the layer it reads "
+            f"is. Call `draft.to({str(device)!r})`."
         )
     layer_idx = resolve_layer_idx(draft.config, text)
     tables_per_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    token_ids = None
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if draft.config.draft_vocab_size is not None:
-        token_ids = draft.draft_token_ids
-        weight = weight[token_ids]
-        bias = None if bias is None else bias[token_ids]
+    token_ids = None if draft.config.draft_vocab_size is None else draft.draft_token_ids
     return BoundTarget(
         embed_tokens=target.get_input_embeddings(),
         rotary_emb=rotary,
         norm=_final_norm(decoder) if draft.config.use_target_final_norm else None,
-        head_weight=weight,
-        head_bias=bias,
+        head=TargetHead.of(head, expected.vocab_size, token_ids, draft.device),
         token_ids=token_ids,
         logit_softcap=getattr(text, "final_logit_softcapping", None),
         layer_idx=layer_idx,
+        layer_window=_window_of_layer(text, layer_idx),
         rotary_layer_type=text.layer_types[layer_idx] if tables_per_kind else None,
         rotary_axes=3 if hasattr(rotary, "mrope_section") else 1,
+        parallel=TensorParallel.of(target, draft.config),
     )
 
 
-def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
-    """Index of the target layer the draft cross-attends to; -1 is the last full-attention layer.
-
-    Raises:
-        ValueError: the target has no such layer.
-    """
-    count = text_config.num_hidden_layers
-    types = getattr(text_config, "layer_types", None) or ["full_attention"] * count
-    if draft_config.target_layer_idx == -1:
-        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-        return full[-1] if full else count - 1
-    if not -count <= draft_config.target_layer_idx < count:
-        raise ValueError(
-            f"`target_layer_idx` must be -1 or name one of the target's {count} layers, got "
-            f"{draft_config.target_layer_idx}."
-        )
-    return draft_config.target_layer_idx % count
+def _window_of_layer(text_config, layer_idx: int) -> int | None:
+    """Keys a query of this layer sees, as the target's own cache has it."""
+    layers = DynamicCache(config=text_config).layers  # shorter where the last layers read the cache of earlier ones
+    return getattr(layers[layer_idx], "sliding_window", None) if layer_idx < len(layers) else None
 
 
 def is_compiled(target: PreTrainedModel) -> bool:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
 
 INITIAL_ROOM = 1024
 NEAR_TIE_ULPS = 4
@@ -37,6 +45,46 @@ class TextBuffer:
         self._buffer[:, self.length] = token
         self.length += 1
 
+    def append_all(self, tokens: Sequence[int]) -> None:
+        """Append tokens, with one copy."""
+        while self.length + len(tokens) > self._buffer.shape[1]:
+            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
+        self._buffer[0, self.length : self.length + len(tokens)] = torch.tensor(tokens)
+        self.length += len(tokens)
+
+
+class HostCriteria:
+    """Stopping criteria that need the newest token, the length and the clock alone, checked without the device.
+
+    Args:
+        criteria: of the call.
+
+    Attributes:
+        complete: whether these are all there are.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        self.complete = True
+        self.end_tokens: set[int] = set()
+        self.max_length: float = float("inf")
+        self.deadline: float = float("inf")
+        for rule in criteria:
+            if type(rule) is EosTokenCriteria:
+                self.end_tokens.update(rule.eos_token_id.tolist())
+            elif type(rule) is MaxLengthCriteria:
+                self.max_length = min(self.max_length, rule.max_length)
+                # Beyond that it has something to say.
+                most = rule.max_position_embeddings
+                self.complete &= most is None or rule.max_length <= most
+            elif type(rule) is MaxTimeCriteria:
+                self.deadline = min(self.deadline, rule.initial_timestamp + rule.max_time)
+            else:
+                self.complete = False
+
+    def stop(self, token: int, length: int) -> bool:
+        """Whether a text of `length` tokens that end in `token` is complete."""
+        return token in self.end_tokens or length >= self.max_length or time.time() > self.deadline
+
 
 class TokenDrawer:
     """Draws tokens from the target's logits: per token one processor call, one draw and one criteria call, in that
@@ -60,6 +108,7 @@ class TokenDrawer:
         self.stopping_criteria = stopping_criteria
         self.do_sample = generation_config.do_sample
         self.streamer = streamer
+        self.host_criteria = HostCriteria(stopping_criteria)
         self.scores: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_logits else None
 
@@ -97,6 +146,27 @@ class TokenDrawer:
         else:
             token = torch.argmax(processed, dim=-1)
         return self.commit(token)
+
+    def commit_all(self, tokens: Sequence[int]) -> tuple[list[int], bool]:
+        """Append drawn tokens one by one, up to where generation ends; returns those appended and whether it does."""
+        kept: list[int] = []
+        if not self.host_criteria.complete:
+            for token in tokens:
+                _, stop = self.commit(torch.tensor([token], device=self.text.ids.device))
+                kept.append(token)
+                if stop:
+                    return kept, True
+            return kept, False
+        stop = False
+        for token in tokens:
+            kept.append(token)
+            stop = self.host_criteria.stop(token, self.text.length + len(kept))
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor([token]))
+            if stop:
+                break
+        self.text.append_all(kept)
+        return kept, stop
 
     def commit(self, token: torch.Tensor) -> tuple[int, bool]:
         """Append a drawn token `[1]`; returns it and whether generation ends there."""

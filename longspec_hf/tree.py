@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from longspec_hf_kernels import pack_ancestor_bits
+from longspec_hf_kernels import ancestor_matrix, merge_nodes, pack_ancestor_bits
 
 from .beam import Beam
+
+__all__ = ["TokenTree", "ancestor_matrix", "longest_path_through", "merge"]
 
 
 @dataclass(frozen=True)
@@ -71,90 +73,8 @@ def merge(
         max_nodes: nodes of the tree, the root included.
         max_depths: `[B, 1]` deepest node of each row.
     """
-    batch_size, count = beam.token_ids.shape
-    length = branch.shape[1]
-    device = root.device
-    shared, last_shared, depth_shared = _shared_path(beam, branch)
-
-    step = torch.arange(1, length + 1, device=device).expand(batch_size, length)
-    own = (branch >= 0) & (step > depth_shared)
-    previous = torch.where(step == depth_shared + 1, last_shared + 1, count + step - 1)
-    protected = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
-    infinity = float("inf")
-    scores = torch.cat(
-        [
-            torch.full((batch_size, 1), infinity, device=device, dtype=beam.scores.dtype),
-            beam.scores.masked_fill(shared, infinity),
-            torch.zeros(batch_size, length, device=device, dtype=beam.scores.dtype)
-            .masked_fill(own, infinity)
-            .masked_fill(~own, -infinity),
-        ],
-        dim=1,
-    )
-    tokens = torch.cat([root, beam.token_ids, branch.clamp(min=0)], dim=1)
-    parents = torch.cat([torch.zeros_like(root), beam.parents + 1, previous], dim=1)
-    depths = torch.cat([torch.zeros_like(root), beam.depths, step], dim=1)
-    usable = torch.cat([protected, (beam.scores > -infinity) | shared, own], dim=1)
-    if max_depths is not None:
-        usable &= depths <= max_depths
-    return _select(tokens, parents, depths, scores, usable, min(max_nodes, 1 + count + length))
-
-
-def _shared_path(beam: Beam, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Beam nodes on the branch: their mask `[B, N]`, the deepest one's index (-1: root) and depth `[B, 1]`."""
-    batch_size, count = beam.token_ids.shape
-    shared = torch.zeros(batch_size, count, dtype=torch.bool, device=branch.device)
-    last = torch.full((batch_size, 1), -1, dtype=torch.long, device=branch.device)
-    depth = torch.zeros_like(last)
-    start = 0
-    for level, width in enumerate(beam.widths[: branch.shape[1]]):
-        nodes = slice(start, start + width)
-        on_branch = (beam.token_ids[:, nodes] == branch[:, level : level + 1]) & (beam.parents[:, nodes] == last)
-        # A path that has left the branch must not come back: only rows that shared the whole way may go on.
-        on_branch &= depth == level
-        shared[:, nodes] = on_branch
-        found = on_branch.any(dim=1, keepdim=True)
-        index = on_branch.to(torch.uint8).argmax(dim=1, keepdim=True) + start
-        last = torch.where(found, index, last)
-        depth = depth + found
-        start += width
-    return shared, last, depth
-
-
-def _select(
-    tokens: torch.Tensor,
-    parents: torch.Tensor,
-    depths: torch.Tensor,
-    scores: torch.Tensor,
-    usable: torch.Tensor,
-    max_nodes: int,
-) -> TokenTree:
-    """Keep the best `max_nodes` candidates, in candidate order, unused ones last."""
-    # A stable sort keeps a parent before a child of equal score; a branch too long for the budget loses its end.
-    order = scores.masked_fill(~usable, float("-inf")).sort(dim=1, descending=True, stable=True).indices
-    kept = torch.zeros_like(usable).scatter(1, order[:, :max_nodes], True) & usable
-    index = (~kept).to(torch.uint8).sort(dim=1, stable=True).indices[:, :max_nodes]
-    valid = kept.gather(1, index)
-    new_index = kept.cumsum(dim=1) - 1
-    new_parents = new_index.gather(1, parents.gather(1, index)).masked_fill(~valid, 0)
-    return TokenTree(
-        token_ids=tokens.gather(1, index).masked_fill(~valid, 0),
-        parents=new_parents,
-        depths=depths.gather(1, index).masked_fill(~valid, 0),
-        valid=valid,
-    )
-
-
-def ancestor_matrix(parents: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Boolean `[B, T, T]`: entry (i, j) says that node j is node i or an ancestor of it."""
-    count = parents.shape[1]
-    matrix = torch.eye(count, dtype=torch.bool, device=parents.device).expand(parents.shape[0], -1, -1).clone()
-    # Rows doubled at each step: after k steps a node knows 2**k generations.
-    jump = parents
-    for _ in range(max(1, (count - 1).bit_length())):
-        matrix |= matrix.gather(1, jump.unsqueeze(-1).expand(-1, -1, count))
-        jump = jump.gather(1, jump)
-    return matrix & valid.unsqueeze(-1)
+    nodes = merge_nodes(root, beam.token_ids, beam.parents, beam.scores, beam.widths, branch, max_depths, max_nodes)
+    return TokenTree(*nodes)
 
 
 def longest_path_through(tree: TokenTree, node: int) -> list[int]:

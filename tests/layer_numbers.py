@@ -80,7 +80,7 @@ class PackageNumbers:
         return self.draft(embeds, cos_sin, states.key, states.value, cross_attention_shift=shift).last_hidden_state
 
     def _loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        head = FrozenHead(self.bound.head_weight, self.bound.head_bias, self.bound.logit_softcap)
+        head = FrozenHead(self.bound.head.weight, self.bound.head.bias, self.bound.logit_softcap)
         inputs, labels = hidden[0, :-1], ids[0, 1:]
         sums = chunked_loss(inputs, head, labels, inputs, torch.ones_like(labels, dtype=torch.bool), 1.0, 0.0)
         return (sums.ce / len(labels)).reshape(1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from heads import Int8Linear
 from models import ScriptedDraft, learned, prompt, tiny_target
 
 from longspec_hf.hook import CACHE_ARG
@@ -75,27 +76,13 @@ def test_positions_decided_again_are_those_of_plain(target, monkeypatch):
     assert out.speculation_stats.rechecks == out.speculation_stats.rounds == 29
 
 
-class Int8Linear(torch.nn.Module):
-    """Weights in int8 with one scale a row; products in the dtype of the input."""
-
-    def __init__(self, linear):
-        super().__init__()
-        weight = linear.weight.data
-        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
-        self.register_buffer("weight", torch.round(weight / self.scale).to(torch.int8))
-
-    def forward(self, x):
-        return x @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)).T
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_weights_in_int8(dtype):  # C11
     model = tiny_target(dtype=dtype)
-    for layer in model.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, torch.nn.Linear):
-                    setattr(part, name, Int8Linear(linear))
+    for part in list(model.modules()):  # the head too
+        for name, linear in list(part.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                setattr(part, name, Int8Linear(linear))
     for seed in range(8):
         ids = prompt(5 + seed, seed=seed)
         plain = model.generate(ids, max_new_tokens=40, do_sample=False)

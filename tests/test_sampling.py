@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VOCAB, ScriptedDraft, prompt, scripted, tiny_target
+from models import VOCAB, ScriptedDraft, learned, prompt, scripted, tiny_target
 from scipy.stats import chi2_contingency, chisquare
 from transformers import (
     GenerationConfig,
@@ -196,22 +196,26 @@ def test_equal_probabilities_never_raise():  # C24
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_a_banned_token_never_appears(target, do_sample):  # C20
-    ids = prompt(10)
-    plain = target.generate(ids, max_new_tokens=40, do_sample=False)
-    banned = int(plain[0, 12])
-    draft = ScriptedDraft(target, plain, "oracle")
-    for seed in range(3):
-        torch.manual_seed(seed)
-        out = target.generate(
-            ids,
-            max_new_tokens=40,
-            do_sample=do_sample,
-            sequence_bias={(banned,): -100.0},
-            assistant_model=draft,
-            **({"min_p": 0.2} if do_sample else {}),
-        )
-        assert banned not in out[0, 10:].tolist()
+def test_a_banned_token_never_appears(do_sample):  # C20
+    """200 tokens of 20 prompts, whose most likely next token is banned while the draft proposes every token."""
+    model = tiny_target(vocab_size=32)
+    prompts = torch.cat([prompt(10, seed=seed, vocab=32) for seed in range(1000)])
+    likeliest = model(prompts).logits[:, -1].argmax(-1)
+    banned = int(likeliest.mode().values)
+    prompts = prompts[likeliest == banned][:20]
+    assert len(prompts) == 20
+    draft = learned(model, tree_shape=[32], max_tree_nodes=33, ngram_branch_length=0)
+    kwargs = {"max_new_tokens": 200, "sequence_bias": {(banned,): -100.0}}
+    plain = model.generate(prompts, do_sample=False, **kwargs)
+    kwargs |= {"do_sample": True, "min_p": 0.2} if do_sample else {"do_sample": False}
+    for first, rows in ((0, 1), (1, 1), (2, 18)):  # two calls of one row; the others together, which takes less time
+        torch.manual_seed(first)
+        ids = prompts[first : first + rows]
+        out = model.generate(ids, assistant_model=draft, return_dict_in_generate=True, **kwargs)
+        assert out.sequences.shape == (rows, 210)
+        assert not (out.sequences[:, 10:] == banned).any()
+        assert do_sample or torch.equal(plain[first : first + rows], out.sequences)
+        assert out.speculation_stats.tau > 1.9  # two tokens a round, one drawn at the root and one behind a node
 
 
 class BanEven(LogitsProcessor):

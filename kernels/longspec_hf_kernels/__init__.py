@@ -1,15 +1,33 @@
-"""Hybrid tree attention for speculative decoding over long contexts, with a plain-PyTorch twin.
+"""Hybrid tree attention for speculative decoding over long contexts, and the fused steps around it.
+
+Every kernel has a plain-PyTorch twin.
 
 Importing needs PyTorch only; Triton and flash-attn are used where they are installed.
 """
 
 from .api import hybrid_tree_attention
+from .commit_rows import RowMover
+from .fused_beam import best_children_fused
+from .fused_gate import silu_and_multiply
+from .fused_norm import add_rms_norm
+from .fused_rotary import rotate, rotate_and_store
+from .fused_tree import ancestor_matrix, level_depths, merge_nodes, merge_tree
 from .masks import pack_ancestor_bits, unpack_ancestor_bits
 from .reference import hybrid_tree_attention_reference
 
 __all__ = [
+    "RowMover",
+    "add_rms_norm",
+    "ancestor_matrix",
+    "best_children_fused",
     "hybrid_tree_attention",
     "hybrid_tree_attention_reference",
+    "level_depths",
+    "merge_nodes",
+    "merge_tree",
     "pack_ancestor_bits",
+    "rotate",
+    "rotate_and_store",
+    "silu_and_multiply",
     "unpack_ancestor_bits",
 ]

@@ -84,6 +84,17 @@ def select_backend(query: torch.Tensor, window: int | None = None, softcap: floa
     return wanted
 
 
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether the fused steps run as Triton kernels on `tensor`: on a GPU unless `LONGSPEC_ATTENTION=torch`.
+
+    On the CPU only in Triton's interpreter and with `LONGSPEC_ATTENTION=triton`, for tests.
+    """
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
+    if wanted == "torch" or (wanted != "triton" and tensor.device.type == "cpu"):
+        return False
+    return _has_triton() and tensor.dtype in TRITON_DTYPES and _device_runs_triton(tensor.device, _interpreted())
+
+
 def load_backend(name: str) -> Callable[..., torch.Tensor]:
     """The implementation called `name`; Triton is imported only here."""
     if name == "triton":

@@ -32,7 +32,8 @@ def _run(
     options = {"starts": starts, "scale": scale, "softcap": softcap, "sinks": sinks}
     if name != "flash":
         options |= {"depths": depths, "key_depths": key_depths, "window": window}
-    return load_backend(name)(query, key, value, prefix_lens, ancestor_bits, **options)
+    with torch.cuda.device_of(query):  # kernels are launched on the current device
+        return load_backend(name)(query, key, value, prefix_lens, ancestor_bits, **options)
 
 
 def _fake(query: torch.Tensor, *_arguments: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `hybrid_tree_attention`: shapes and dtypes only, no device reads."""
+"""Checks of arguments, those of `hybrid_tree_attention` above all: shapes and dtypes only, no device reads."""
 
 import torch
 
@@ -8,7 +8,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (torch.int32, torch.int64)
 
 
-def _expect(condition: bool, message: str) -> None:
+def expect(condition: bool, message: str) -> None:
+    """Raise `ValueError` with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
@@ -16,7 +17,7 @@ def _expect(condition: bool, message: str) -> None:
 def _validate_ints(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     if tensor is None:
         return
-    _expect(
+    expect(
         tuple(tensor.shape) == shape and tensor.dtype in INT_DTYPES,
         f"`{name}` must be int32 or int64 of shape {list(shape)}, got {tensor.dtype} of shape {list(tensor.shape)}.",
     )
@@ -37,21 +38,21 @@ def validate_attention_arguments(
     sinks: torch.Tensor | None,
 ) -> None:
     """Raise `ValueError` naming the first argument of `hybrid_tree_attention` that does not fit."""
-    _expect(query.dim() == 4, f"`query` must be [B, Hq, T, D], got {query.dim()} dimensions.")
+    expect(query.dim() == 4, f"`query` must be [B, Hq, T, D], got {query.dim()} dimensions.")
     batch, heads, nodes, size = query.shape
-    _expect(query.dtype in FLOAT_DTYPES, f"`query` must be fp16, bf16, fp32 or fp64, got {query.dtype}.")
+    expect(query.dtype in FLOAT_DTYPES, f"`query` must be fp16, bf16, fp32 or fp64, got {query.dtype}.")
     for name, tensor in (("key", key), ("value", value)):
         fits = tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[3] == size
-        _expect(fits, f"`{name}` must be [{batch}, Hkv, capacity, {size}] like `query`, got {list(tensor.shape)}.")
-        _expect(
+        expect(fits, f"`{name}` must be [{batch}, Hkv, capacity, {size}] like `query`, got {list(tensor.shape)}.")
+        expect(
             tensor.dtype == query.dtype,
             f"`{name}` must have the dtype of `query`, {query.dtype}, got {tensor.dtype}: cast one of them.",
         )
-    _expect(
+    expect(
         value.shape == key.shape,
         f"`value` must have the shape of `key`, {list(key.shape)}, got {list(value.shape)}.",
     )
-    _expect(
+    expect(
         key.shape[1] > 0 and heads % key.shape[1] == 0,
         f"`query` heads must be a multiple of the {key.shape[1]} heads of `key`, got {heads}.",
     )
@@ -60,7 +61,7 @@ def validate_attention_arguments(
     _validate_ints("depths", depths, (batch, nodes))
     if ancestor_bits is not None:
         fits = ancestor_bits.dim() == 3 and tuple(ancestor_bits.shape[:2]) == (batch, nodes)
-        _expect(
+        expect(
             fits and ancestor_bits.dtype == torch.int64,
             f"`ancestor_bits` must be int64 of shape [{batch}, {nodes}, words], got {ancestor_bits.dtype} of shape "
             f"{list(ancestor_bits.shape)}.",
@@ -72,23 +73,23 @@ def validate_attention_arguments(
             )
         _validate_ints("key_depths", key_depths, (batch, key_depths.shape[-1]))
         words, needed = ancestor_bits.shape[-1], words_for(key_depths.shape[-1])
-        _expect(
+        expect(
             words == needed,
             f"`ancestor_bits` must have {needed} words for the {key_depths.shape[-1]} tree rows of `key_depths`, "
             f"got {words}.",
         )
-    _expect(scale > 0, f"`scale` must be positive, got {scale}.")
+    expect(scale > 0, f"`scale` must be positive, got {scale}.")
     if window is not None:
-        _expect(window > 0, f"`window` must be positive, got {window}: pass None for no window.")
-        _expect(depths is not None, "`depths` must be given with `window`, got None: pass each node's depth.")
-        _expect(
+        expect(window > 0, f"`window` must be positive, got {window}: pass None for no window.")
+        expect(depths is not None, "`depths` must be given with `window`, got None: pass each node's depth.")
+        expect(
             ancestor_bits is None or key_depths is not None,
             "`key_depths` must be given with `window` and `ancestor_bits`, got None: pass each tree row's depth.",
         )
     if softcap is not None:
-        _expect(softcap > 0, f"`softcap` must be positive, got {softcap}: pass None for no soft-cap.")
+        expect(softcap > 0, f"`softcap` must be positive, got {softcap}: pass None for no soft-cap.")
     if sinks is not None:
-        _expect(
+        expect(
             tuple(sinks.shape) == (heads,) and sinks.is_floating_point(),
             f"`sinks` must be a float tensor of shape [{heads}], got {sinks.dtype} of shape {list(sinks.shape)}.",
         )

@@ -8,9 +8,9 @@ import sys
 import traceback
 
 from ..version import __version__
-from . import card, convert, env, export, generate, train
+from . import bench, card, convert, env, export, generate, train
 
-COMMANDS = (generate, convert, train, card, export, env)
+COMMANDS = (generate, bench, convert, train, card, export, env)
 USER_ERROR, ENVIRONMENT_ERROR, INTERRUPTED = 2, 1, 130
 
 

@@ -54,6 +54,12 @@ def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
         default=None,
         help="go on without speculation where it does not pay",
     )
+    tree.add_argument(
+        "--capture-rounds",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run rounds on a GPU as captured CUDA graphs, where the target allows it",
+    )
 
 
 def load_pair_of(args: argparse.Namespace) -> Pair:

@@ -14,6 +14,7 @@ from .data import (
 )
 from .losses import FrozenHead, chunked_loss, naive_loss
 from .positions import anchor_offset_positions, draw_anchor_offset
+from .processes import loaded_whole
 from .self_generation import continue_batches, continue_prompts, make_prompts
 from .target_states import TargetStates, read_target
 from .tau import TauEvaluator, TauInput, replay
@@ -38,6 +39,7 @@ __all__ = [
     "count_tokens",
     "draw_anchor_offset",
     "load_token_rows",
+    "loaded_whole",
     "make_prompts",
     "most_frequent_tokens",
     "naive_loss",

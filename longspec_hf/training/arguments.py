@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from .processes import check_deepspeed
+
 
 @dataclass
 class LongSpecTrainingArguments(TrainingArguments):
@@ -27,7 +29,7 @@ class LongSpecTrainingArguments(TrainingArguments):
         evaluate_tau: measure tau at every evaluation, where the trainer was given tau inputs.
 
     Raises:
-        ValueError: a field is out of its range; the message names it.
+        ValueError: a field is out of its range (the message names it), or `deepspeed` is asked for and not installed.
     """
 
     ce_weight: float = field(default=0.1, metadata={"help": "Weight of the cross-entropy on the text."})
@@ -41,6 +43,7 @@ class LongSpecTrainingArguments(TrainingArguments):
     evaluate_tau: bool = field(default=True, metadata={"help": "Measure tau at every evaluation."})
 
     def __post_init__(self) -> None:
+        check_deepspeed(self)
         super().__post_init__()
         for name in ("ce_weight", "kl_weight"):
             if getattr(self, name) < 0:

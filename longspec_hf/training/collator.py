@@ -23,13 +23,15 @@ class AnchorOffsetCollator:
     place, as everywhere in transformers: the shift happens in the loss.
 
     The k-th batch after `batches_drawn` is set draws the same offsets whatever came before, so a resumed run repeats
-    an uninterrupted one.
+    an uninterrupted one. Every row draws by itself: batches that several processes take in turn have the offsets that
+    one process would draw for them joined together.
 
     Args:
         pad_token_id: filler of `input_ids`.
         max_position: positions the target knows; offsets reach up to it. `None` gives plain positions 0 .. T - 1.
         seed: seed of the offsets.
-        batches_drawn: number of batches this run has drawn already.
+        batches_drawn: number of batches this process has drawn already.
+        process_index, num_processes: which of how many processes takes these batches.
 
     Raises:
         ValueError: a row is empty, has labels of another length, or is longer than `max_position`.
@@ -39,6 +41,8 @@ class AnchorOffsetCollator:
     max_position: int | None = None
     seed: int = 0
     batches_drawn: int = 0
+    process_index: int = 0
+    num_processes: int = 1
     _calls: int = field(default=0, init=False, repr=False)
 
     def set_batches_drawn(self, count: int) -> None:
@@ -53,11 +57,12 @@ class AnchorOffsetCollator:
         ]
         length = max(len(row_ids) for row_ids in ids)
         self._check(ids, labels, length)
-        generator = torch.Generator().manual_seed(self._batch_seed())
+        first = self._batch_number() * len(ids)
         positions = []
-        for _ in ids:
+        for row in range(first, first + len(ids)):
             anchors, offset = (0, 0)
             if self.max_position is not None:
+                generator = torch.Generator().manual_seed((self.seed * 1_000_000_007 + row) % 2**63)
                 anchors, offset = draw_anchor_offset(length, self.max_position, generator)
             positions.append(anchor_offset_positions(length, anchors, offset))
         return {
@@ -66,12 +71,12 @@ class AnchorOffsetCollator:
             "labels": _pad(labels, length, IGNORED),
         }
 
-    def _batch_seed(self) -> int:
+    def _batch_number(self) -> int:
         worker = get_worker_info()
         # Workers take batches in turn, each with its own copy of this object.
         index = self._calls if worker is None else self._calls * worker.num_workers + worker.id
         self._calls += 1
-        return (self.seed * 1_000_003 + self.batches_drawn + index) % 2**63
+        return (self.batches_drawn + index) * self.num_processes + self.process_index
 
     def _check(self, ids: list[torch.Tensor], labels: list[torch.Tensor], length: int) -> None:
         for number, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
 
 from ..embedded import embedded_target_folder
 from ..modeling_longspec import LongSpecDraftModel
@@ -16,6 +22,7 @@ from .arguments import LongSpecTrainingArguments
 from .collator import AnchorOffsetCollator
 from .data import PackedRows, load_token_rows, pack_texts, read_texts, rows_from_dataset
 from .heldout import load_texts
+from .processes import export_draft, loaded_whole
 from .tau import TauEvaluator
 from .trainer import LongSpecTrainer
 from .vocabulary import count_tokens, most_frequent_tokens, set_draft_vocabulary
@@ -103,7 +110,7 @@ class ExportAtSave(TrainerCallback):
         self.folder, self.dtype = folder, dtype
 
     def on_save(self, args, state, control, model=None, **kwargs) -> None:
-        copy.deepcopy(model).to(self.dtype).save_pretrained(self.folder)
+        export_draft(model, self.folder, self.dtype, writes=args.should_save)
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> LongSpecTrainer:
@@ -118,14 +125,17 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> LongSpe
     """
     parser = HfArgumentParser((ScriptArguments, LongSpecTrainingArguments), prog=prog, description=DESCRIPTION)
     args, training_args = parser.parse_args_into_dataclasses(arguments)
-    name = str(embedded_target_folder()) if args.target == "embedded" else args.target
+    set_seed(training_args.seed)  # a fresh draft is the same in every process
+    with training_args.main_process_first():
+        name = str(embedded_target_folder()) if args.target == "embedded" else args.target
     tokenizer = AutoTokenizer.from_pretrained(name)
     length, anchor_offset = STAGES[args.stage]
     length = args.length or length
     anchor_offset = anchor_offset if args.anchor_offset is None else args.anchor_offset
     rows = load_rows(args, tokenizer, length)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.target_dtype))
-    draft = make_draft(args, target, rows)
+    with loaded_whole(training_args):
+        target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.target_dtype))
+        draft = make_draft(args, target, rows)
     draft.config.target_name_or_path = args.target_name or (
         EMBEDDED_NAME if args.target == "embedded" else args.target
     )
@@ -148,7 +158,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> LongSpe
     trainer.save_model()
     trainer.save_state()
     if args.export:
-        copy.deepcopy(draft).to(target.dtype).save_pretrained(args.export)
+        export_draft(trainer.model, args.export, target.dtype, writes=training_args.should_save)
     if trainer.tau_evaluator is not None:
         trainer.evaluate()
     trainer.create_model_card()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 
+import torch
+from accelerate.utils import broadcast
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -13,22 +15,29 @@ from transformers import TrainerCallback
 class TimeBudget(TrainerCallback):
     """Stops training when `seconds` have passed since its first step, and tells how much has.
 
+    The first process's clock counts for all: learning rates and ends that differ would pull them apart.
+
     Args:
         seconds: the budget.
+
+    Attributes:
+        spent: part of the budget that has passed, 0 to 1, as of the last step.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.began: float | None = None
-
-    @property
-    def spent(self) -> float:
-        """Part of the budget that has passed, 0 to 1."""
-        return 0.0 if self.began is None else min((time.monotonic() - self.began) / self.seconds, 1.0)
+        self.spent = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self.began is None:
             self.began = time.monotonic()
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        passed = (time.monotonic() - (self.began or 0.0)) / self.seconds
+        if args.world_size > 1:
+            passed = float(broadcast(torch.tensor(passed, device=args.device)))
+        self.spent = min(passed, 1.0)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.spent >= 1.0:

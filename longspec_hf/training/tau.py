@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..candidate_generator import LongSpecCandidateGenerator
 from ..modeling_longspec import LongSpecDraftModel
+from ..placement import draft_device
 from ..settings import TreeSettings
 from ..stats import SpeculationStats
 from ..target import bind
@@ -59,13 +59,22 @@ def repeated_share(token_ids: Sequence[int], n: int = LOOP_NGRAM) -> float:
 
 
 class _KnownLayer:
-    """Rows of a whole text of which the first `length` are committed."""
+    """Rows of a whole text of which the first `length` are committed; the draft sees those, or a window of them."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values, self.length = keys, values, 0
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> None:
+        self._rows, self._window, self.length = (keys, values), window, 0
 
-    def get_seq_length(self) -> int:
-        return self.length
+    @property
+    def _seen(self) -> slice:
+        return slice(0 if self._window is None else max(self.length - self._window + 1, 0), self.length)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._rows[0][:, :, self._seen]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._rows[1][:, :, self._seen]
 
 
 class _KnownCache:
@@ -102,7 +111,7 @@ def replay(
     ids = text.prompt_ids + text.output_ids
     positions = torch.arange(len(ids), device=draft.device)
     states = read_target(target, bound.layer_idx, torch.tensor([ids], device=draft.device), positions.unsqueeze(0))
-    layer = _KnownLayer(states.key, states.value)
+    layer = _KnownLayer(states.key, states.value, bound.layer_window)
     cache: Any = _KnownCache(bound.layer_idx, layer)
     results = []
     for setting in settings:
@@ -146,11 +155,13 @@ class TauEvaluator:
         self.texts = list(texts)
         self.trees = dict(DEFAULT_TREES if trees is None else trees)
 
-    def rows(self, draft: LongSpecDraftModel, target: PreTrainedModel) -> list[dict[str, Any]]:
-        """One row per text and tree: sizes, rounds, tokens and tau."""
+    def rows(
+        self, draft: LongSpecDraftModel, target: PreTrainedModel, part: slice = slice(None)
+    ) -> list[dict[str, Any]]:
+        """One row per text (of `part` of the texts) and tree: sizes, rounds, tokens and tau."""
         draft = _as_target(draft, target)
         rows = []
-        for text in self.texts:
+        for text in self.texts[part]:
             for tree, stats in zip(self.trees, replay(draft, target, text, list(self.trees.values())), strict=True):
                 rows.append(
                     {
@@ -184,9 +195,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def _as_target(draft: nn.Module, target: PreTrainedModel) -> Any:
-    """The draft in the target's dtype and on its device; a copy if it is not there already."""
-    decoder = target.get_decoder()
-    if draft.dtype == decoder.dtype and draft.device == decoder.device:
+def _as_target(draft: LongSpecDraftModel, target: PreTrainedModel) -> Any:
+    """The draft in the target's dtype and beside the layer it reads; a copy if it is not there already."""
+    dtype, device = target.get_decoder().dtype, draft_device(draft.config, target)
+    if draft.dtype == dtype and draft.device == device:
         return draft
-    return copy.deepcopy(draft).to(decoder.device, decoder.dtype)
+    return copy.deepcopy(draft).to(device, dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -19,9 +20,10 @@ from .collator import IGNORED, AnchorOffsetCollator
 from .facts import training_facts
 from .losses import FrozenHead, LossSums, chunked_loss
 from .positions import max_positions
+from .processes import check_sharding, check_target, whole_draft
 from .schedule import TimeBudget, budget_schedule
 from .target_states import read_target
-from .tau import TauEvaluator
+from .tau import TauEvaluator, summarize
 from .vocabulary import rows_of_tokens
 
 
@@ -30,7 +32,9 @@ class LongSpecTrainer(Trainer):
 
     Per batch: one forward of the target without gradients, keeping one layer's K/V and the final hidden state; one
     forward of the draft with its cross-attention shifted by a drawn number of tokens; cross-entropy and KL in chunks.
-    The loss is the sum over positions whose next token is labelled, divided by their number.
+    The loss is the sum over positions whose next token is labelled, divided by their number. In several processes
+    (DDP, FSDP2, DeepSpeed; `examples/accelerate/`) each has the whole target; rows, offsets and shifts are those of
+    one process with the whole batch, and losses are means over all of them. One process uses one GPU.
 
     Args:
         model: the draft. Half-precision weights become fp32 master weights; use `bf16=True` for speed.
@@ -41,7 +45,8 @@ class LongSpecTrainer(Trainer):
         **kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: the draft does not fit the target; the message names both values.
+        ValueError: the draft does not fit the target (the message names both values), or the processes are set up so
+            that a part of the target or of the written draft would be missing.
     """
 
     model: LongSpecDraftModel
@@ -62,6 +67,7 @@ class LongSpecTrainer(Trainer):
         draft = _draft_of(model)
         # The optimiser's small updates would be lost in half-precision weights.
         model = model.float() if draft.dtype in (torch.bfloat16, torch.float16) else model
+        check_target(target_model, args.world_size)
         self.target_model = target_model.requires_grad_(False).eval()
         if getattr(target_model, "hf_device_map", None) is None:
             self.target_model = self.target_model.to(args.device)
@@ -73,13 +79,17 @@ class LongSpecTrainer(Trainer):
         self.tau_evaluator = tau_evaluator
         args.remove_unused_columns = False  # the collator decides
         args.label_names = ["labels"]
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every step uses all
+        args._n_gpu = min(args.n_gpu, 1)  # with more, `Trainer` copies the draft to all GPUs, with the target on one
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        check_sharding(model, args.muon, self.accelerator)
         # `compute_loss` divides by the number of labelled positions of the whole step, accumulation included.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._micro_batch = (-1, 0)
         self._sums: dict[str, torch.Tensor] = {}
-        self._borrowed: tuple[BoundTarget, torch.Tensor | None] | None = None
+        self._borrowed: tuple[BoundTarget, FrozenHead, torch.Tensor | None] | None = None
         if args.muon:
             from .muon import MuonWithAdamW, muon_settings  # needs a newer torch than the rest
 
@@ -106,7 +116,7 @@ class LongSpecTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of a batch `input_ids`, `position_ids`, `labels` `[B, T]`."""
+        """Mean loss of a batch `input_ids`, `position_ids`, `labels` `[B, T]`, scaled so that processes average it."""
         labelled = inputs["labels"][:, 1:] != IGNORED
         count = labelled.sum() if num_items_in_batch is None else num_items_in_batch
         shifts = self._draw_shifts(min(self.args.shift_groups, len(labelled)))
@@ -115,14 +125,16 @@ class LongSpecTrainer(Trainer):
         if model.training:
             self._track(sums, labelled.sum())
         loss = sums.total / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is that of all, and gradients are averaged
         return (loss, {}) if return_outputs else loss
 
     def loss_sums(self, model: nn.Module, inputs: dict[str, torch.Tensor], shifts: list[int]) -> LossSums:
         """Loss sums of a batch whose rows are split evenly among cross-attention `shifts`."""
         draft = _draft_of(self.accelerator.unwrap_model(model))
-        bound, _ = self._bound()
+        bound, *_ = self._bound()
         states = read_target(self.target_model, bound.layer_idx, inputs["input_ids"], inputs["position_ids"])
-        embeds = bound.embed_tokens(inputs["input_ids"]).detach()
+        embeds = bound.embed(inputs["input_ids"]).detach()
         cos, sin = bound.position_embeddings(inputs["position_ids"], embeds)
         embeds, cos, sin, key, value = (x.to(draft.device, draft.dtype) for x in (embeds, cos, sin, *states[:2]))
         parts = torch.arange(len(embeds)).chunk(len(shifts))
@@ -135,6 +147,7 @@ class LongSpecTrainer(Trainer):
                 target_key=key[rows],
                 target_value=value[rows],
                 cross_attention_shift=shift,
+                target_window=bound.layer_window,
             )
             hidden.append(outputs.last_hidden_state)
         return self._losses(torch.cat(hidden), states.hidden, inputs["labels"], bound)
@@ -145,15 +158,15 @@ class LongSpecTrainer(Trainer):
         # The state at p predicts the token at p + 1; the last state of a row predicts nothing.
         hidden, labels = hidden[:, :-1], labels[:, 1:]
         mask = labels != IGNORED
-        _, rows = self._bound()
+        _, head, rows = self._bound()
         if rows is not None:
             labels = torch.where(mask, rows[labels.clamp(min=0)], IGNORED)
-        device, dtype = bound.head_weight.device, bound.head_weight.dtype
+        device, dtype = head.weight.device, head.weight.dtype
         hidden = hidden.to(device)
-        hidden = hidden if bound.norm is None else bound.norm(hidden)
+        hidden = hidden if bound.norm is None else bound.norm(hidden).to(device)
         return chunked_loss(
             hidden.flatten(0, 1).to(dtype),
-            FrozenHead(bound.head_weight, bound.head_bias, bound.logit_softcap),
+            head,
             labels.flatten().to(device),
             teacher_hidden[:, :-1].flatten(0, 1).to(device, dtype),
             mask.flatten().to(device),
@@ -168,23 +181,28 @@ class LongSpecTrainer(Trainer):
         self._borrowed = None  # a checkpoint may bring another draft vocabulary
         return super().train(*args, **kwargs)
 
-    def _bound(self) -> tuple[BoundTarget, torch.Tensor | None]:
-        """What the draft borrows from the target, and each token's row in the draft vocabulary; made once."""
+    def _bound(self) -> tuple[BoundTarget, FrozenHead, torch.Tensor | None]:
+        """What the draft borrows, the head's matrix, and each token's row in the draft vocabulary; made once."""
         if self._borrowed is None:
             draft = _draft_of(self.accelerator.unwrap_model(self.model))
             bound = bind(draft, self.target_model, mixed_precision=True)
-            self._borrowed = bound, rows_of_tokens(bound.token_ids, draft.config.vocab_size)
+            decoder = self.target_model.get_decoder()
+            weight, bias = bound.head.matrix(draft.config.hidden_size, decoder.dtype, decoder.device)
+            head = FrozenHead(weight, bias, bound.logit_softcap)
+            self._borrowed = bound, head, rows_of_tokens(bound.token_ids, draft.config.vocab_size)
         return self._borrowed
 
     def _draw_shifts(self, groups: int) -> list[int]:
-        """Shifts of this micro-batch; a function of seed, step, place in the step and process, so that a resumed run
-        draws what an uninterrupted one does."""
+        """Shifts of this process's part of the micro-batch; a function of seed, step and place in the step, so that a
+        resumed run draws what an uninterrupted one does."""
         step, place = self._micro_batch
         place = place + 1 if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, place)
-        seed = hash((self.args.seed, self.state.global_step, place, self.args.process_index)) % 2**63
+        seed = hash((self.args.seed, self.state.global_step, place)) % 2**63
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(1, self.args.max_cross_attention_shift + 1, (groups,), generator=generator).tolist()
+        count = self.args.world_size * groups
+        shifts = torch.randint(1, self.args.max_cross_attention_shift + 1, (count,), generator=generator).tolist()
+        return shifts[self.args.process_index * groups :][:groups]
 
     def _track(self, sums: LossSums, positions: torch.Tensor) -> None:
         for name, value in {"ce": sums.ce, "kl": sums.kl, "positions": positions}.items():
@@ -194,9 +212,9 @@ class LongSpecTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the two losses, each per labelled position, and the number of those, since the last log."""
         if ("loss" in logs or "train_runtime" in logs) and self._sums:
-            positions = max(float(self._sums["positions"]), 1.0)
-            means = {name: float(self._sums[name]) / positions for name in ("ce", "kl")}
-            logs = {**logs, **means, "positions": positions}
+            sums = {name: float(value) for name, value in self.accelerator.reduce(self._sums, "sum").items()}
+            positions = max(sums["positions"], 1.0)
+            logs = {**logs, "ce": sums["ce"] / positions, "kl": sums["kl"] / positions, "positions": positions}
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
@@ -225,12 +243,17 @@ class LongSpecTrainer(Trainer):
         if self.eval_dataset is not None or args or kwargs.get("eval_dataset") is not None:
             metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.tau_evaluator is not None and self.args.evaluate_tau:
-            draft = _draft_of(self.accelerator.unwrap_model(self.model))
-            measured = self.tau_evaluator.evaluate(draft, self.target_model)
+            measured = self._measure_tau(self.tau_evaluator)
             measured = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
             self.log(measured)
             metrics.update(measured)
         return metrics
+
+    def _measure_tau(self, evaluator: TauEvaluator) -> dict[str, float]:
+        """Tau over all held-out texts, of which every process measures its share."""
+        draft = whole_draft(_draft_of(self.accelerator.unwrap_model(self.model)))
+        share = slice(self.args.process_index, None, self.args.world_size)
+        return summarize(gather_object(evaluator.rows(draft, self.target_model, share)))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the draft's card and `training_facts.json` into `output_dir` from what the run recorded; transformers'
@@ -256,12 +279,13 @@ class LongSpecTrainer(Trainer):
 
 
 class _ContinueOffsets(TrainerCallback):
-    """Tells the collator, when training begins, how many batches came before."""
+    """Tells the collator, when training begins, how many batches came before and which are this process's."""
 
     def __init__(self, collator: AnchorOffsetCollator) -> None:
         self.collator = collator
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.collator.process_index, self.collator.num_processes = args.process_index, args.world_size
         self.collator.set_batches_drawn(state.global_step * args.gradient_accumulation_steps)
 
 

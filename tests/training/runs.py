@@ -21,8 +21,10 @@ def small_draft(target, seed: int = 0, **fields) -> LongSpecDraftModel:
     return LongSpecDraftModel.from_target(target, **{"sliding_window": 8, **fields})
 
 
-def small_trainer(folder, target=None, draft=None, rows=None, collator=None, **arguments) -> LongSpecTrainer:
-    """A trainer of a few steps on the CPU."""
+def small_trainer(
+    folder, target=None, draft=None, rows=None, collator=None, heldout=None, **arguments
+) -> LongSpecTrainer:
+    """A trainer of a few steps on the CPU; `heldout` is a `TauEvaluator`, which an evaluation loss joins."""
     target = tiny_target() if target is None else target
     defaults = {
         "max_steps": 4,
@@ -41,6 +43,8 @@ def small_trainer(folder, target=None, draft=None, rows=None, collator=None, **a
         args=LongSpecTrainingArguments(output_dir=str(folder), **{**defaults, **arguments}),
         train_dataset=random_rows() if rows is None else rows,
         data_collator=AnchorOffsetCollator(0, 512, seed=5) if collator is None else collator,
+        eval_dataset=None if heldout is None else random_rows(rows=6, seed=1),
+        tau_evaluator=heldout,
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import tiny_target
+from models import prompt, tiny_target
 
 from longspec_hf import LongSpecDraftModel
 from longspec_hf.draft_attention import (
@@ -10,10 +10,14 @@ from longspec_hf.draft_attention import (
     cross_attention_mask,
     masked_attention,
     shifted_causal_attention,
+    shifted_window_attention,
     window_mask,
 )
+from longspec_hf.target import bind
+from longspec_hf.training import read_target
 
 EXACT = 1e-12  # fp64
+FP32 = 1e-4  # relative; another kernel, after a cache that another forward wrote
 
 
 def _qkv(length, seed=0):
@@ -45,11 +49,20 @@ def test_shifted_causal_equals_the_mask(length, shift):
     _same(shifted_causal_attention(*inputs, shift, 0.3), masked_attention(*inputs, mask, 0.3), inputs)
 
 
+@pytest.mark.parametrize("length, shift, window", [(9, 1, 4), (30, 3, 8), (30, 2, 2), (9, 2, 1), (9, 2, 7), (9, 2, 8)])
+def test_shifted_window_equals_the_mask(length, shift, window):
+    inputs = _qkv(length)
+    mask = cross_attention_mask(length, shift, inputs[0].device, target_window=window)
+    _same(shifted_window_attention(*inputs, shift, window, 0.3), masked_attention(*inputs, mask, 0.3), inputs)
+
+
 def test_masks_by_hand():
     window = window_mask(5, 2, torch.device("cpu"))[0, 0].int().tolist()
     assert window == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
     cross = cross_attention_mask(4, 2, torch.device("cpu"))[0, 0].int().tolist()
     assert cross == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+    narrow = cross_attention_mask(5, 1, torch.device("cpu"), target_window=3)[0, 0].int().tolist()
+    assert narrow == [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
 
 
 def _forward(draft, length=12, shift=2, mask=None, seed=0):
@@ -81,6 +94,49 @@ def test_a_query_reads_exactly_the_target_rows_up_to_its_shift(shift):
         (gradient,) = torch.autograd.grad(hidden[:, query].sum(), value, retain_graph=True)
         reached = gradient.abs().sum(dim=(0, 1, 3)) > 0
         assert reached.tolist() == [row <= query - shift for row in range(12)]
+
+
+class Recorder(LongSpecDraftModel):
+    """A draft that notes the hidden state of every node: `seen[position, token]`, of the latest tree."""
+
+    seen: dict[tuple[int, int], torch.Tensor]
+
+    def next_token_logits(self, hidden, head, token_ids, position_ids):
+        for place, node in enumerate(zip(position_ids[0].tolist(), token_ids[0].tolist(), strict=True)):
+            self.seen.setdefault(node, hidden[0, place].clone())
+        return head(hidden)
+
+
+@pytest.mark.parametrize(
+    "family, layer", [("llama", -1), ("mistral", -1), ("phi3", -1), ("gemma3", -1), ("gemma3", 0)]
+)
+def test_training_sees_what_inference_sees(family, layer):
+    """States of a text's tokens in the trees of `generate` equal those of the forward that trains them."""
+    target = tiny_target(family)
+    torch.manual_seed(1)
+    fields = {"sliding_window": 6, "ngram_branch_length": 0, "fallback_to_plain": False, "max_tree_nodes": 80}
+    # Every token behind the root, one behind those.
+    draft = Recorder.from_target(target, target_layer_idx=layer, tree_shape=[64, 1], **fields)
+    draft.seen = found = {}
+    ids = prompt(20)
+    text = target.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=draft)
+    bound = bind(draft, target)
+    assert bound.layer_window == (None if family == "llama" or (family, layer) == ("gemma3", -1) else 8)
+    positions = torch.arange(44).unsqueeze(0)
+    states = read_target(target, bound.layer_idx, text, positions)
+    embeds = bound.embed_tokens(text)
+    turned = bound.position_embeddings(positions, embeds)
+    compared, window = 0, bound.layer_window
+    with torch.no_grad():
+        by_shift = [
+            draft(embeds, turned, *states[:2], cross_attention_shift=shift, target_window=window) for shift in (1, 2)
+        ]
+    for position, token in enumerate(text[0].tolist()):
+        if (state := found.get((position, token))) is not None:
+            gaps = [float((state - out.last_hidden_state[0, position]).norm() / state.norm()) for out in by_shift]
+            assert min(gaps) < FP32, (position, gaps)  # the root has shift 1, a child of it 2
+            compared += 1
+    assert compared >= 20
 
 
 def test_gradient_checkpointing_gives_equal_gradients():

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from models import VOCAB, tiny_target
+from models import VOCAB, learned, prompt, tiny_target
 from runs import small_draft, small_trainer
 
 from longspec_hf.settings import TreeSettings, with_tree_settings
@@ -92,6 +92,20 @@ def test_replay_counts_what_generate_counts(trained, tree):
         found = _generate_with(target, draft, text, rounds_only).speculation_stats
         assert (stats.rounds, stats.committed, stats.drafted) == (found.rounds, found.committed, found.drafted)
         assert stats.accepted_per_depth == found.accepted_per_depth
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_replay_of_a_draft_that_guesses_counts_what_generate_counts(family):
+    """Of 8 tokens many guesses are right, and which ones changes with any row the draft reads too many or too few."""
+    target = tiny_target(family, vocab_size=8)
+    draft = learned(target, initializer_range=0.5)
+    for seed in range(3):
+        text = target.generate(prompt(30, seed=seed, vocab=8), max_new_tokens=60, do_sample=False)[0].tolist()
+        text = TauInput(text[:30], text[30:])
+        (stats,) = replay(draft, target, text, [TREES["beam"]])
+        rounds_only = replace(TREES["beam"], fallback_to_plain=False)
+        found = _generate_with(target, draft, text, rounds_only).speculation_stats
+        assert stats.rounds == found.rounds and stats.accepted_per_depth == found.accepted_per_depth
 
 
 def test_tau_holds_far_beyond_the_length_of_training(trained):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from heads import target_with_head
 from models import tiny_target
 from runs import batch_of, small_draft, small_trainer
 from torch.nn import functional as F
@@ -82,6 +83,23 @@ def test_loss_and_gradients_equal_a_naive_implementation(tmp_path, family, tied,
         torch.testing.assert_close(
             gradients[name], parameter.grad, rtol=CLOSE, atol=CLOSE * parameter.grad.abs().max()
         )
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 20])
+@pytest.mark.parametrize("kind", ["bias", "int8", "hook", "lora"])
+def test_heads_of_another_make_give_the_naive_loss(tmp_path, kind, draft_vocab):
+    target = target_with_head(kind)
+    draft = small_draft(target, draft_vocab_size=draft_vocab)
+    trainer = small_trainer(tmp_path, target, draft, loss_chunk_elements=64 * 3)
+    found = trainer.loss_sums(draft, _inputs(), [2])
+    vocabulary = None if draft_vocab is None else torch.arange(draft_vocab)
+    ce, kl = _naive_sums(draft, target, _inputs(), 2, vocabulary)
+    torch.testing.assert_close(found.ce, ce.detach(), rtol=CLOSE, atol=CLOSE)
+    torch.testing.assert_close(found.kl, kl.detach(), rtol=CLOSE, atol=CLOSE)
+    weight = draft.mlp.up_proj.weight
+    (gradient,) = torch.autograd.grad(found.total, weight)
+    (wanted,) = torch.autograd.grad(trainer.args.ce_weight * ce + trainer.args.kl_weight * kl, weight)
+    torch.testing.assert_close(gradient, wanted, rtol=CLOSE, atol=CLOSE * float(wanted.abs().max()))
 
 
 def test_the_first_answer_token_is_learned_from_the_last_prompt_state(tmp_path):

@@ -1,0 +1,59 @@
+"""Residual addition and RMS norm in one step."""
+
+import torch
+
+from .backends import uses_triton
+from .validation import expect
+
+
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`weight * (x / sqrt(mean(x^2) + eps))` over the last dimension; the quotient is rounded before the product."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype)
+
+
+def add_rms_norm_torch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of `add_rms_norm`."""
+    summed = x if residual is None else residual + x
+    return rms_norm_torch(summed, weight, eps), summed
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a layer's output to the residual stream, and norm the sum for the next layer.
+
+    Rounds where transformers' `LlamaRMSNorm` does: the sum to its dtype, the sum over its root mean square
+    (fp32 inside) to the dtype, and the product with `weight` to the dtype. Inference only.
+
+    Args:
+        x: `[..., hidden]`.
+        residual: like `x`, or None for nothing to add.
+        weight: `[hidden]`, in the dtype of `x`.
+        eps: added to the mean square.
+
+    Returns:
+        The normed sum and the sum (`x` itself without a residual), both like `x`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    if residual is not None:
+        expect(
+            residual.shape == x.shape and residual.dtype == x.dtype,
+            f"`residual` must be {x.dtype} of shape {list(x.shape)} like `x`, got {residual.dtype} of shape "
+            f"{list(residual.shape)}.",
+        )
+    expect(
+        weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
+        f"`weight` must be {x.dtype} of shape {list(x.shape[-1:])} like the last dimension of `x`, got "
+        f"{weight.dtype} of shape {list(weight.shape)}.",
+    )
+    if uses_triton(x):
+        from .fused_norm_kernel import add_rms_norm_triton
+
+        return add_rms_norm_triton(x, residual, weight, eps)
+    return add_rms_norm_torch(x, residual, weight, eps)

@@ -1,0 +1,212 @@
+"""The draft's beam in few kernels, from and to tensors at fixed addresses (LongSpec, arXiv 2502.17421, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from longspec_hf_kernels import (
+    add_rms_norm,
+    best_children_fused,
+    hybrid_tree_attention,
+    pack_ancestor_bits,
+    rotate,
+    rotate_and_store,
+)
+
+from ..beam import Beam
+from ..cache import LongSpecCache
+from ..draft_window import DraftWindow
+from ..modeling_longspec import LongSpecAttention, LongSpecDraftModel
+from ..target import BoundTarget
+from .state import RoundState
+from .target_forward import gated_mlp, queries_keys_values
+
+
+@dataclass(frozen=True)
+class Level:
+    """Nodes of one depth that are expanded.
+
+    Attributes:
+        depth: theirs.
+        first_row: where their rows begin among the tree rows of the window.
+        own_bits: int64 `[b, k, words]`, each node's own tree row.
+        depths, key_depths: `[b, k]` theirs, and `[b, rows]` those of all tree rows up to theirs.
+    """
+
+    depth: int
+    first_row: int
+    own_bits: torch.Tensor
+    depths: torch.Tensor
+    key_depths: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DraftForward:
+    """The draft of one call.
+
+    Attributes:
+        draft, bound: the draft and what it borrows.
+        window: its own K/V.
+        cache: the target's K/V.
+        known: levels by tree shape and sequences.
+    """
+
+    draft: LongSpecDraftModel
+    bound: BoundTarget
+    window: DraftWindow
+    cache: LongSpecCache
+    known: dict[tuple[tuple[int, ...], int], list[Level]] = field(default_factory=dict)
+
+    def beam(self, state: RoundState, tree_shape: tuple[int, ...], cos: torch.Tensor, sin: torch.Tensor) -> Beam:
+        """Expand level by level, keeping at each depth the paths of highest summed log-probability.
+
+        Args:
+            state: where the call stands.
+            tree_shape: nodes to keep at each depth.
+            cos, sin: `[b, depths, rotary_dim]` of the root's position and those after it.
+        """
+        count, device = state.sequences, state.roots.device
+        if not tree_shape:
+            return Beam.empty(count, device)
+        levels = self._levels(tree_shape, count)
+        tokens, parents, scores, widths = [], [], [], []
+        level_ids, level_scores = state.roots, torch.zeros(count, 1, device=device)
+        bits = levels[0].own_bits
+        first_node = -1
+        for depth, (width, level) in enumerate(zip(tree_shape, levels, strict=True)):
+            rotary = (cos[:, depth : depth + 1], sin[:, depth : depth + 1])
+            logits = self._expand(state, level_ids, bits, level, rotary)
+            level_scores, parent, level_ids = best_children_fused(level_scores, logits, width)
+            if self.bound.token_ids is not None:
+                level_ids = self.bound.token_ids[level_ids]
+            tokens.append(level_ids)
+            parents.append(parent + first_node)
+            scores.append(level_scores)
+            widths.append(level_ids.shape[1])
+            if depth + 1 < len(levels):
+                inherited = bits.gather(1, parent.unsqueeze(-1).expand(-1, -1, bits.shape[-1]))
+                bits = inherited | levels[depth + 1].own_bits
+            first_node = 0 if depth == 0 else first_node + widths[-2]
+        return Beam(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), tuple(widths))
+
+    def _levels(self, tree_shape: tuple[int, ...], sequences: int) -> list[Level]:
+        """What is known of each level's nodes beforehand; made once, so that captured rounds only read it."""
+        key = (tree_shape, sequences)
+        if key not in self.known:
+            sizes = self._sizes(tree_shape)
+            visible = torch.eye(sum(sizes), dtype=torch.bool, device=self.window.keys.device)
+            own_bits = pack_ancestor_bits(visible.unsqueeze(0)).expand(sequences, -1, -1).split(sizes, dim=1)
+            row_depths = [torch.full((sequences, size), depth) for depth, size in enumerate(sizes)]
+            row_depths = [depths.to(self.window.keys.device) for depths in row_depths]
+            self.known[key] = [
+                Level(
+                    depth,
+                    sum(sizes[:depth]),
+                    bits.contiguous(),
+                    row_depths[depth],
+                    torch.cat(row_depths[: depth + 1], 1),
+                )
+                for depth, bits in enumerate(own_bits)
+            ]
+        return self.known[key]
+
+    def _sizes(self, tree_shape: tuple[int, ...]) -> list[int]:
+        """Nodes of the levels that are expanded, the root's first."""
+        proposable = self.draft.config.draft_vocab_size or self.draft.config.vocab_size
+        sizes = [1]
+        for width in tree_shape[:-1]:
+            sizes.append(min(width, sizes[-1] * min(width, proposable)))
+        return sizes
+
+    def _expand(
+        self,
+        state: RoundState,
+        token_ids: torch.Tensor,
+        bits: torch.Tensor,
+        level: Level,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Scores of the token after each node `[b, k]` of one level; their K/V become tree rows of the window."""
+        draft, count = self.draft, state.sequences
+        scale = draft.config.head_dim**-0.5
+        cos, sin = (table.expand(-1, token_ids.shape[1], -1) for table in rotary)
+        embeds = self.bound.embed_tokens(token_ids)
+        hidden, summed = self._norm(embeds, None, draft.input_layernorm)
+        query = self._store(state, hidden, cos, sin, level.first_row)
+        attended = hybrid_tree_attention(
+            query,
+            self.window.keys[:count],
+            self.window.values[:count],
+            state.window_lengths,
+            bits,
+            depths=level.depths,
+            key_depths=level.key_depths,
+            scale=scale,
+            window=self.window.window,
+        )
+        hidden, summed = self._norm(draft.self_attn.output(attended), summed, draft.post_self_attention_layernorm)
+        cross = draft.cross_attn
+        query = rotate(
+            cross.q_proj(hidden), cos, sin, head_dim=cross.head_dim, **_head_norm(cross, "query_norm", "q_norm")
+        )
+        keys, values = self.cache.layers[self.bound.layer_idx].buffers(count)
+        attended = hybrid_tree_attention(query, keys, values, state.lengths, None, starts=state.starts, scale=scale)
+        hidden, summed = self._norm(cross.output(attended), summed, draft.post_cross_attention_layernorm)
+        output = summed + gated_mlp(draft.mlp, hidden)
+        return draft.next_token_logits(
+            output, self._head, token_ids, (state.root_positions + level.depth).expand_as(token_ids)
+        )
+
+    def append(self, state: RoundState, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Write the K/V of tokens `[b, P]` from the root on behind the window's rows; the caller counts them.
+
+        Args:
+            state: where the call stood before those tokens.
+            token_ids: committed tokens. Where a sequence has fewer, the rest is not counted, and overwritten later.
+            cos, sin: `[b, P, rotary_dim]`.
+        """
+        hidden, _ = self._norm(self.bound.embed_tokens(token_ids), None, self.draft.input_layernorm)
+        self._store(state, hidden, cos, sin, 0)
+
+    def _store(
+        self, state: RoundState, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, offset: int
+    ) -> torch.Tensor:
+        """Write the window's rows of normed hidden states; returns their rotated queries."""
+        attention = self.draft.self_attn
+        query, key, value = queries_keys_values(attention, hidden)
+        return rotate_and_store(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            self.window.keys,
+            self.window.values,
+            state.window_lengths,
+            head_dim=attention.head_dim,
+            offset=offset,
+            **_head_norm(attention, "query_norm", "q_norm"),
+            key_norm=attention.k_norm.weight if attention.qk_norm else None,
+        )
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The target's norm and head over the draft vocabulary, in the model's dtype."""
+        if self.bound.norm is not None:
+            norm = self.bound.norm
+            hidden, _ = add_rms_norm(hidden, None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
+        return self.bound.head.scores(hidden)
+
+    def _norm(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: torch.nn.RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(hidden, residual, norm.weight, self.draft.config.rms_norm_eps)
+
+
+def _head_norm(attention: LongSpecAttention, argument: str, name: str) -> dict[str, Any]:
+    """The keyword arguments for a norm per head, where the attention has one."""
+    if not attention.qk_norm:
+        return {}
+    norm = getattr(attention, name)
+    return {argument: norm.weight, "eps": norm.eps}

@@ -1,0 +1,266 @@
+"""Rounds of the engine: draft, verify, walk and commit on the device (LongSpec, arXiv 2502.17421)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from longspec_hf_kernels import RowMover, merge_tree
+from transformers import PreTrainedModel
+
+from ..cache import LongSpecCache
+from ..candidate_generator import LongSpecCandidateGenerator
+from ..settings import TreeSettings
+from ..tree import TokenTree
+from .capture import Captured
+from .draft_forward import DraftForward
+from .state import RoundState
+from .target_forward import NodeAttention, target_logits
+from .walk import greedy_walk
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Trees of a round.
+
+    Attributes:
+        tree: T nodes a sequence.
+        ancestors: bool `[b, T, T]`.
+        ancestor_bits: the same as int64 `[b, T, words]`.
+        cos, sin: `[b, P, rotary_dim]` of the root's position and those after it.
+    """
+
+    tree: TokenTree
+    ancestors: torch.Tensor
+    ancestor_bits: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Engine:
+    """Decodes the rounds of one call.
+
+    The host reads a round's tokens, and nothing else. Where tokens are drawn by processors or by chance, the walk
+    between the two captured halves of a round is the caller's.
+
+    Args:
+        target: its forwards.
+        generator: knows the sequences; has read the prompts.
+        cache: the target's K/V, `begin_rounds` called.
+    """
+
+    def __init__(self, target: PreTrainedModel, generator: LongSpecCandidateGenerator, cache: LongSpecCache) -> None:
+        self.target = target
+        self.generator = generator
+        self.cache = cache
+        self.forward = DraftForward(generator.draft, generator.bound, generator.window, cache)
+        self.device = generator.draft.device
+        self.pool: Any = None
+        self._graphs: dict[tuple, Captured] = {}
+        self._addresses: tuple[int, ...] = ()
+        self._mover: RowMover | None = None
+        self._state: RoundState | None = None
+        self._walks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def load(self, limits: Sequence[int], starts: torch.Tensor | None) -> None:
+        """Take over where the first `len(limits)` sequences stand, from the host's books."""
+        rows = self.generator.rows[: len(limits)]
+        most = self.generator.settings.ngram_branch_length
+        wide = [[row.root, row.root_position, limit] for row, limit in zip(rows, limits, strict=True)]
+        narrow = [self.cache.row_lengths[: len(rows)], self.generator.window.row_lengths[: len(rows)]]
+        roots, positions, depths = torch.tensor(wide, device=self.device).unsqueeze(-1).unbind(1)
+        lengths, window_lengths = torch.tensor(narrow, dtype=torch.int32, device=self.device).unbind(0)
+        fresh = RoundState(
+            roots.clone(),
+            positions.clone(),
+            depths.clone(),
+            lengths.clone(),
+            window_lengths.clone(),
+            None if starts is None else starts[: len(rows)].clone(),
+            torch.full((len(rows), most), -1, device=self.device),
+        )
+        old = self._state
+        if old is None or old.sequences != fresh.sequences:
+            self._state = fresh
+            self._forget_graphs()
+            return
+        for name in ("roots", "root_positions", "limits", "lengths", "window_lengths", "starts"):
+            if (tensor := getattr(old, name)) is not None:
+                tensor.copy_(getattr(fresh, name))
+
+    def close(self) -> None:
+        """Free the graphs now; they hold themselves, and a collection in somebody's capture would break that."""
+        self._graphs.clear()
+        self._state = None
+
+    def replays(self, settings: TreeSettings, greedy: bool) -> bool:
+        """Whether the next such round is a replay, and so worth timing."""
+        return self._captured("greedy" if greedy else "verify", settings).replays
+
+    def prepare(self, settings: TreeSettings, greedy: bool) -> None:
+        """Do what a round needs done beforehand and now and then: room in the buffers, the window's move, captures."""
+        state = self.state
+        rows = min(settings.max_nodes, settings.longest_path)
+        if self.generator.window.make_room(state.sequences, rows):
+            state.window_lengths.copy_(self.generator.window.lengths[: state.sequences])
+        for layer in self.cache.layers:
+            layer.make_room(self.cache.row_lengths[: state.sequences], settings.max_nodes)
+        buffers = [buffer for layer in self.cache.layers for buffer in layer.buffers(state.sequences)]
+        addresses = tuple(buffer.data_ptr() for buffer in buffers)
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._mover = RowMover(buffers)
+            self._forget_graphs()
+        for name in ("greedy",) if greedy else ("verify", "commit"):
+            self._captured(name, settings).prepare()
+
+    def greedy_round(self, settings: TreeSettings) -> tuple[list[int], list[list[int]]]:
+        """A whole round; returns how many nodes were drafted for every sequence, and its new tokens."""
+        self._write_branches(settings)
+        rows = self._captured("greedy", settings)().tolist()
+        tokens = [row[2 : 2 + row[1]] for row in rows]
+        self.generator.window.advance([len(row) for row in tokens])
+        return [row[0] for row in rows], tokens
+
+    def draft_and_verify(self, settings: TreeSettings) -> tuple[TokenTree, torch.Tensor]:
+        """The first half of a round; returns the trees and their logits `[b, T, V]`, for the caller to walk."""
+        self._write_branches(settings)
+        drafted, logits = self._captured("verify", settings)()
+        return drafted.tree, logits
+
+    def commit(
+        self, settings: TreeSettings, visited: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    ) -> None:
+        """Commit what the caller's walks visited and drew."""
+        most = settings.longest_path
+        places, drawn, counts = self._given(most)
+        padded = [[[*row, *[0] * (most - len(row))] for row in rows] for rows in (visited, tokens)]
+        places.copy_(torch.tensor(padded[0]))
+        drawn.copy_(torch.tensor(padded[1]))
+        counts.copy_(torch.tensor([len(row) for row in tokens], dtype=torch.int32))
+        self._captured("commit", settings)()
+        self.generator.window.advance([len(row) for row in tokens])
+
+    @property
+    def state(self) -> RoundState:
+        """Where the call stands."""
+        if self._state is None:
+            raise RuntimeError("the engine has no state yet: `load` comes first")
+        return self._state
+
+    def _forget_graphs(self) -> None:
+        """Their tensors are no longer the state's or the cache's."""
+        self._graphs.clear()
+        # A pool cannot be used again once its graphs are gone.
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def _captured(self, name: str, settings: TreeSettings) -> Captured:
+        key = (name, settings)
+        if key not in self._graphs:
+            functions = {"greedy": self._greedy, "verify": self._draft_and_verify, "commit": self._commit}
+            function = functions[name]
+            self._graphs[key] = Captured(lambda: function(settings), self.device, self.pool)
+        return self._graphs[key]
+
+    def _greedy(self, settings: TreeSettings) -> torch.Tensor:
+        """One round; `[b, 2 + P]`: nodes drafted, tokens drawn, and which."""
+        drafted = self.draft(settings)
+        walked = self.walk(drafted, self.verify(drafted), settings)
+        self.commit_paths(drafted, *walked)
+        _, counts, tokens = walked
+        numbers = torch.stack([drafted.tree.valid.sum(dim=1) - 1, counts.long()], dim=1)
+        return torch.cat([numbers, tokens], dim=1)
+
+    def _draft_and_verify(self, settings: TreeSettings) -> tuple[Drafted, torch.Tensor]:
+        drafted = self.draft(settings)
+        return drafted, self.verify(drafted)
+
+    def _commit(self, settings: TreeSettings) -> None:
+        visited, tokens, counts = self._given(settings.longest_path)
+        drafted, _ = self._captured("verify", settings).result
+        self.commit_paths(drafted, visited, counts, tokens)
+
+    def draft(self, settings: TreeSettings) -> Drafted:
+        """The trees of a round, on the device."""
+        state = self.state
+        last = state.root_positions + state.limits.clamp(min=0)
+        steps = torch.arange(max(settings.longest_path, len(settings.tree_shape)), device=self.device)
+        bound = self.generator.bound
+        cos, sin = bound.position_embeddings(
+            torch.minimum(state.root_positions + steps, last), bound.embed_tokens(state.roots)
+        )
+        if not settings.depth:
+            root = TokenTree.root_only(state.roots)
+            itself = root.valid.unsqueeze(-1)
+            return Drafted(root, itself, itself.long(), cos, sin)
+        beam = self.forward.beam(state, settings.tree_shape, cos, sin)
+        branch = state.branches[:, : settings.ngram_branch_length]
+        *nodes, bits, ancestors = merge_tree(
+            state.roots,
+            beam.token_ids,
+            beam.parents,
+            beam.scores,
+            beam.widths,
+            branch,
+            state.limits,
+            settings.max_tree_nodes,
+            settings.depth,
+        )
+        return Drafted(TokenTree(*nodes), ancestors, bits, cos, sin)
+
+    def verify(self, drafted: Drafted) -> torch.Tensor:
+        """The target's logits `[b, T, V]` after every node."""
+        return target_logits(self.target, self.cache, drafted.tree.token_ids, self.attention_of(drafted))
+
+    def attention_of(self, drafted: Drafted) -> NodeAttention:
+        """What the target's layers need to know of the trees."""
+        depths = drafted.tree.depths
+        at_depth = depths.unsqueeze(-1).expand(-1, -1, drafted.cos.shape[-1])
+        return NodeAttention(
+            self.state.lengths,
+            drafted.ancestor_bits,
+            depths,
+            self.state.starts,
+            drafted.cos.gather(1, at_depth),
+            drafted.sin.gather(1, at_depth),
+        )
+
+    def walk(
+        self, drafted: Drafted, logits: torch.Tensor, settings: TreeSettings
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The greedy walk; see [`greedy_walk`]."""
+        # In fp32, as plain decoding compares them: in fp64 two logits may differ that are equal there.
+        best = (logits.float() if logits.dtype == torch.float64 else logits).argmax(dim=-1)
+        return greedy_walk(drafted.tree, drafted.ancestors, best, settings.longest_path)
+
+    def commit_paths(
+        self, drafted: Drafted, visited: torch.Tensor, counts: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Move the visited nodes' rows behind the committed ones, and everything else on by `counts` tokens."""
+        assert self._mover is not None
+        self._mover.move(self.state.lengths, visited, counts)
+        most = visited.shape[1]
+        ids = drafted.tree.token_ids.gather(1, visited)
+        self.forward.append(self.state, ids, drafted.cos[:, :most], drafted.sin[:, :most])
+        self.state.advance(counts, tokens)
+
+    def _write_branches(self, settings: TreeSettings) -> None:
+        """Tell the device what the context's n-grams propose."""
+        length = settings.ngram_branch_length
+        if not length:
+            return
+        rows = self.generator.rows[: self.state.sequences]
+        copied = [row.index.continuation(length) for row in rows]
+        branches = torch.tensor([[*tokens, *[-1] * (length - len(tokens))] for tokens in copied])
+        self.state.branches[:, :length].copy_(branches)
+
+    def _given(self, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where a walk on the host puts visited nodes and tokens `[b, P]`, and their counts `[b]`."""
+        shape = (self.state.sequences, most)
+        if shape not in self._walks:
+            places = torch.zeros(shape, dtype=torch.long, device=self.device)
+            counts = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
+            self._walks[shape] = (places, torch.zeros_like(places), counts)
+        return self._walks[shape]

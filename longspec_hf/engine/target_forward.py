@@ -1,0 +1,121 @@
+"""The target's forward over tree nodes in few kernels: the layer of Llama, Mistral, Qwen2 and Qwen3, written out.
+
+Rounding follows transformers' modules step by step, so in exact arithmetic the logits are those of the model's own
+forward. What the modules are (quantised, with LoRA) is left to them: projections are called, not unpacked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from longspec_hf_kernels import add_rms_norm, hybrid_tree_attention, rotate_and_store, silu_and_multiply
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..cache import LongSpecCache
+from .capture import together
+
+
+class NodeAttention:
+    """What all layers of one forward share: where the nodes' rows go and what they see.
+
+    Attributes:
+        lengths: int32 `[b]` committed rows.
+        ancestor_bits: int64 `[b, T, words]`.
+        depths: `[b, T]`.
+        starts: int32 `[b]` or `None`.
+        cos, sin: `[b, T, rotary_dim]` of the nodes' positions.
+    """
+
+    def __init__(
+        self,
+        lengths: torch.Tensor,
+        ancestor_bits: torch.Tensor,
+        depths: torch.Tensor,
+        starts: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        self.lengths = lengths
+        self.ancestor_bits = ancestor_bits
+        self.depths = depths
+        self.starts = starts
+        self.cos, self.sin = cos, sin
+
+    def __call__(
+        self, attention: Any, hidden: torch.Tensor, key_buffer: torch.Tensor, value_buffer: torch.Tensor
+    ) -> torch.Tensor:
+        """Output `[b, T, hidden]` of a transformers attention module over `[b, T, hidden]`."""
+        query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        query, key, value = queries_keys_values(attention, hidden)
+        query = rotate_and_store(
+            query,
+            key,
+            value,
+            self.cos,
+            self.sin,
+            key_buffer,
+            value_buffer,
+            self.lengths,
+            head_dim=attention.head_dim,
+            query_norm=None if query_norm is None else query_norm.weight,
+            key_norm=None if key_norm is None else key_norm.weight,
+            eps=0.0 if query_norm is None else query_norm.variance_epsilon,
+        )
+        attended = hybrid_tree_attention(
+            query,
+            key_buffer,
+            value_buffer,
+            self.lengths,
+            self.ancestor_bits,
+            starts=self.starts,
+            depths=self.depths,
+            key_depths=self.depths,
+            scale=attention.scaling,
+        )
+        return attention.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+def queries_keys_values(attention: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
+    """The three projections `[b, T, heads * D]`, for the target's and the draft's module."""
+    return together(
+        hidden.device,
+        lambda: attention.q_proj(hidden),
+        lambda: attention.k_proj(hidden),
+        lambda: attention.v_proj(hidden),
+    )
+
+
+def gated_mlp(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """`down(silu(gate) * up)` of `[b, T, hidden]`, for the target's and the draft's module."""
+    gate, up = together(hidden.device, lambda: mlp.gate_proj(hidden), lambda: mlp.up_proj(hidden))
+    return mlp.down_proj(silu_and_multiply(gate, up))
+
+
+def target_logits(
+    target: PreTrainedModel, cache: LongSpecCache, token_ids: torch.Tensor, attend: NodeAttention
+) -> torch.Tensor:
+    """Logits `[b, T, V]` of nodes `[b, T]`; their K/V rows are written behind the committed ones.
+
+    Args:
+        target: of `ENGINE_TARGETS`.
+        cache: holds the committed rows, with room for T more.
+    """
+    decoder: Any = target.model
+    layers: list[Any] = list(decoder.layers[: decoder.config.num_hidden_layers])
+    norms: list[Any] = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
+    summed = decoder.embed_tokens(token_ids)
+    normed, _ = _add_norm(summed, None, layers[0].input_layernorm)
+    for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+        buffers = cache.layers[index].buffers(token_ids.shape[0])
+        attended = attend(layer.self_attn, normed, *buffers)
+        normed, summed = _add_norm(attended, summed, layer.post_attention_layernorm)
+        normed, summed = _add_norm(gated_mlp(layer.mlp, normed), summed, next_norm)
+    return target.lm_head(normed)
+
+
+def _add_norm(
+    hidden: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]

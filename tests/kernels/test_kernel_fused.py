@@ -1,0 +1,389 @@
+"""The fused steps: their definitions against other formulas, and the Triton kernels in the interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import needs_interpreter
+from fused_cases import (
+    CAPACITY,
+    FIRST_ROWS,
+    assert_best,
+    assert_near,
+    child_scores,
+    fresh_buffers,
+    moved_by_hand,
+    randoms,
+    rotary_case,
+)
+from longspec_hf_kernels import (
+    RowMover,
+    add_rms_norm,
+    best_children_fused,
+    rotate,
+    rotate_and_store,
+    silu_and_multiply,
+)
+from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE, uses_triton
+from longspec_hf_kernels.commit_rows import move_rows_torch
+from longspec_hf_kernels.fused_beam import best_children_torch
+from longspec_hf_kernels.fused_gate import silu_and_multiply_torch
+from longspec_hf_kernels.fused_norm import add_rms_norm_torch
+from longspec_hf_kernels.fused_rotary import rotate_and_store_torch, rotate_torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from longspec_hf.beam import best_children
+
+DTYPES = [torch.float32, torch.float16]
+ALL_DTYPES = [*DTYPES, torch.bfloat16]
+INFINITY = float("inf")
+
+
+@pytest.fixture
+def in_triton(monkeypatch):
+    """The public functions run the kernels, in the interpreter."""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert uses_triton(torch.zeros(1))
+
+
+def test_who_uses_triton(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert not uses_triton(torch.zeros(1))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert not uses_triton(torch.zeros(1, dtype=torch.float64))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
+    assert not uses_triton(torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_the_norm_is_transformers_bit_for_bit(dtype):
+    x, residual = (randoms(2, 3, 50, seed=seed, dtype=dtype) for seed in (0, 1))
+    layer = LlamaRMSNorm(50, eps=1e-5).to(dtype)
+    layer.weight.data = randoms(50, seed=2, dtype=dtype)
+    normed, summed = add_rms_norm(x, residual, layer.weight.data, 1e-5)
+    assert torch.equal(summed, residual + x)
+    assert torch.equal(normed, layer(residual + x))
+    normed, summed = add_rms_norm(x, None, layer.weight.data, 1e-5)
+    assert summed is x
+    assert torch.equal(normed, layer(x))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 17, 64, 577, 9000])
+@pytest.mark.parametrize("added", [True, False])
+def test_norm_kernel(in_triton, added, hidden, dtype):
+    x, residual = (randoms(2, 3, hidden, seed=seed, dtype=dtype) for seed in (0, 1))
+    weight = randoms(hidden, seed=2, dtype=dtype)
+    arguments = (x, residual if added else None, weight, 1e-2)
+    got, expected = add_rms_norm(*arguments), add_rms_norm_torch(*arguments)
+    assert_near(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+def test_the_gate_in_fp64():
+    gate, up = (randoms(2, 3, 50, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    expected = gate.double() * torch.sigmoid(gate.double()) * up.double()
+    torch.testing.assert_close(silu_and_multiply(gate, up).double(), expected, rtol=1e-5, atol=1e-6)
+    half = gate.half()
+    assert torch.equal(silu_and_multiply(half, up.half()), F.silu(half) * up.half())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 70, 1024, 2500])
+def test_gate_kernel(in_triton, columns, dtype):
+    """Halves of one projection, and gates far out on both sides."""
+    both = randoms(2, 3, 2 * columns, seed=columns, dtype=dtype) * 20
+    gate, up = both.split(columns, dim=-1)
+    got = silu_and_multiply(gate, up)
+    assert got.is_contiguous()
+    assert_near(got, silu_and_multiply_torch(gate, up))
+
+
+@pytest.mark.parametrize("rotary", [16, 8])
+def test_rotation_is_a_product_of_complex_numbers(rotary):
+    case = rotary_case(rotary=rotary)
+    angle = randoms(3, 5, rotary // 2, seed=9, dtype=torch.float64)
+    cos, sin = (torch.cat([table, table], -1).float() for table in (angle.cos(), angle.sin()))
+    heads = case["query"].double().view(3, 5, 4, 16)
+    low, high, rest = heads.split([rotary // 2, rotary // 2, 16 - rotary], dim=-1)
+    turned = torch.complex(low, high) * torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
+    expected = torch.cat([turned.real, turned.imag, rest], dim=-1).transpose(1, 2)
+    torch.testing.assert_close(rotate(case["query"], cos, sin, head_dim=16).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("norms", [False, True])
+def test_rotation_is_transformers_bit_for_bit_and_rows_lie_where_they_should(norms, dtype):
+    case = rotary_case(dtype=dtype, norms=norms)
+    got = rotate_and_store(**case)
+    query, key, value = (
+        case[name].unflatten(-1, (-1, 16)).transpose(1, 2).contiguous() for name in ("query", "key", "value")
+    )
+    if norms:
+        layer = LlamaRMSNorm(16, eps=1e-6).to(dtype)
+        layer.weight.data = case["query_norm"]
+        query = layer(query)
+        layer.weight.data = case["key_norm"]
+        key = layer(key)
+    query, key = apply_rotary_pos_emb(query, key, case["cos"], case["sin"])
+    assert torch.equal(got, query)
+    assert got.transpose(1, 2).is_contiguous()
+    for buffer, rows in ((case["key_buffer"], key), (case["value_buffer"], value)):
+        expected = torch.full_like(buffer, float("nan"))
+        for b, first in enumerate(FIRST_ROWS):
+            expected[b, :, first + 3 : first + 8] = rows[b]
+        assert torch.equal(buffer.nan_to_num(99), expected.nan_to_num(99))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"heads": 4, "kv_heads": 2, "head_dim": 16},
+        {"heads": 7, "kv_heads": 1, "head_dim": 80, "rotary": 32, "batch": 2},
+        {"heads": 3, "kv_heads": 3, "head_dim": 24, "rotary": 6, "nodes": 1},
+    ],
+    ids=str,
+)
+def test_rotary_kernel(in_triton, sizes, norms, dtype):
+    """Random cosines: a channel that takes another's is noticed. Rows not written stay NaN."""
+    case = rotary_case(dtype=dtype, norms=norms, **sizes)
+    twin = fresh_buffers(case)
+    got, expected = rotate_and_store(**case), rotate_and_store_torch(**twin)
+    pairs = [(got, expected), *((case[name], twin[name]) for name in ("key_buffer", "value_buffer"))]
+    for run, right in pairs:
+        assert run.stride() == right.stride() or run.transpose(1, 2).is_contiguous()
+        assert torch.equal(run.isnan(), right.isnan())
+        if norms:
+            assert_near(run, right)
+        else:
+            assert torch.equal(run.nan_to_num(99), right.nan_to_num(99))
+    options = {name: case[name] for name in ("head_dim", "query_norm", "eps") if name in case}
+    alone = rotate(case["query"], case["cos"], case["sin"], **options)
+    assert torch.equal(alone, got)
+    assert_near(alone, rotate_torch(case["query"], case["cos"], case["sin"], **options))
+
+
+@needs_interpreter
+def test_rows_beyond_the_capacity_are_left_out(in_triton):
+    case = rotary_case(batch=1)
+    case["first_rows"] += CAPACITY - 3 - FIRST_ROWS[0] - 2
+    rotate_and_store(**case)
+    written = ~case["key_buffer"].isnan().all(-1)
+    assert written[0, 0].nonzero().flatten().tolist() == [CAPACITY - 2, CAPACITY - 1]
+    assert not written[1:].any()
+
+
+BEAMS = [
+    {"nodes": 1, "vocabulary": 7, "width": 1},
+    {"nodes": 1, "vocabulary": 7, "width": 16},
+    {"nodes": 3, "vocabulary": 600, "width": 4},
+    {"nodes": 5, "vocabulary": 1024, "width": 16},
+    {"nodes": 2, "vocabulary": 300, "width": 64},
+]
+
+
+def beam_problem(nodes, vocabulary, dtype, batch=2):
+    scores = randoms(batch, nodes, seed=1, dtype=torch.float32)
+    return scores, randoms(batch, nodes, vocabulary, seed=nodes, dtype=dtype) * 4
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sizes", BEAMS, ids=str)
+def test_best_children_against_fp64(sizes, softcap):
+    width = sizes["width"]
+    for dtype in ALL_DTYPES:
+        scores, logits = beam_problem(sizes["nodes"], sizes["vocabulary"], dtype)
+        got = best_children_fused(scores, logits, width, softcap=softcap)
+        assert_best(got, child_scores(scores, logits, softcap), width)
+    scores, logits = beam_problem(sizes["nodes"], sizes["vocabulary"], torch.float32)
+    for run, right in zip(
+        best_children_fused(scores, logits, width), best_children(scores, logits, width), strict=True
+    ):
+        torch.testing.assert_close(run, right)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sizes", BEAMS, ids=str)
+def test_beam_kernels(in_triton, sizes, softcap, dtype):
+    scores, logits = beam_problem(sizes["nodes"], sizes["vocabulary"], dtype)
+    got = best_children_fused(scores, logits, sizes["width"], softcap=softcap)
+    assert [tensor.dtype for tensor in got] == [torch.float32, torch.int64, torch.int64]
+    assert_best(got, child_scores(scores, logits, softcap), sizes["width"])
+
+
+@needs_interpreter
+def test_beam_kernels_read_any_strides(in_triton):
+    scores, logits = beam_problem(4, 300, torch.float32)
+    expected = best_children_torch(scores[:, ::2], logits[:, ::2, ::2], 5)
+    for run, right in zip(best_children_fused(scores[:, ::2], logits[:, ::2, ::2], 5), expected, strict=True):
+        torch.testing.assert_close(run, right)
+
+
+def tie_problem():
+    """Whole numbers: within a node and between nodes of one distribution, children tie again and again."""
+    row = torch.randint(0, 4, (700,), generator=torch.Generator().manual_seed(5)).float()
+    row[10] = -0.0  # as large as 0.0
+    logits = torch.stack([row, row, row.flip(0)]).repeat(2, 1, 1)
+    return torch.tensor([[0.0, 0.0, -1.0], [-1.0, 0.0, 0.0]]), logits
+
+
+def assert_ties_in_order(children, scores, logits):
+    """By brute force: a stable sort of all children keeps the lower parent, then the lower token in front."""
+    summed = (scores.unsqueeze(-1) + logits - logits[:, :1].logsumexp(-1, keepdim=True)).flatten(1)
+    order = summed.sort(dim=1, descending=True, stable=True).indices[:, : children[0].shape[1]]
+    assert torch.equal(children[1], order // logits.shape[-1])
+    assert torch.equal(children[2], order % logits.shape[-1])
+
+
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_ties_of_the_definition(width):
+    problem = tie_problem()
+    assert_ties_in_order(best_children_fused(*problem, width), *problem)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("width", [1, 4, 30])
+def test_ties_of_the_kernels(in_triton, width):
+    """The third node's sum is in another order: where it ties, it must only not lose a better child."""
+    scores, logits = tie_problem()
+    scores, logits = scores[:, :2], logits[:, :2]
+    assert_ties_in_order(best_children_fused(scores, logits, width), scores, logits)
+
+
+def unused_problem():
+    """Rows without a use hold NaN; one row's vocabulary is masked but for three tokens, one whole level is unused."""
+    scores = torch.tensor([[0.0, -INFINITY, -2.0], [-INFINITY] * 3])
+    logits = randoms(2, 3, 300, seed=3, dtype=torch.float32)
+    logits[scores == -INFINITY] = float("nan")
+    logits[0, 0, 3:] = -INFINITY
+    return scores, logits
+
+
+def assert_unused_are_last(children):
+    got, parent, token = children
+    assert not got.isnan().any()
+    assert bool(torch.isfinite(got[0]).all())
+    assert set(parent[0].tolist()) == {0, 2}
+    assert sorted(token[0][parent[0] == 0].tolist()) == [0, 1, 2]
+    assert got[1].tolist() == [-INFINITY] * 8
+    assert token[1].tolist() == list(range(8)) and parent[1].tolist() == [0] * 8
+
+
+def test_unused_rows_of_the_definition():
+    assert_unused_are_last(best_children_fused(*unused_problem(), 8))
+    scores, logits = torch.zeros(1, 1), torch.full((1, 1, 5), -INFINITY)
+    assert best_children_fused(scores, logits, 2)[0].tolist() == [[-INFINITY] * 2]
+
+
+@needs_interpreter
+def test_unused_rows_of_the_kernels(in_triton):
+    assert_unused_are_last(best_children_fused(*unused_problem(), 8))
+    scores, logits = torch.zeros(1, 1), torch.full((1, 1, 5), -INFINITY)
+    assert best_children_fused(scores, logits, 2)[0].tolist() == [[-INFINITY] * 2]
+
+
+def test_parts_of_the_vocabulary():
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    from longspec_hf_kernels.fused_beam_kernel import CHUNKS, ENOUGH_PROGRAMS, choose_chunk
+
+    for rows in (1, 3, 16, 64):
+        for vocabulary in (100, 32768, 151936, 262144):
+            chunk = choose_chunk(rows, vocabulary)
+            programs = rows * -(-vocabulary // chunk)
+            assert programs >= ENOUGH_PROGRAMS or chunk == CHUNKS[-1]
+            larger = [other for other in CHUNKS if other > chunk]
+            assert all(rows * -(-vocabulary // other) < ENOUGH_PROGRAMS for other in larger)
+
+
+VISITED = [[0, 1, 4, 5, 9, 0], [0, 2, 3, 4, 5, 6], [0, 7, 0, 0, 0, 0]]
+
+
+def row_problem(dtype, size, index_dtype=torch.int32):
+    """Six buffers of two layouts; a batch of three in buffers for four."""
+    buffers = [randoms(4, 2, CAPACITY, size, seed=seed, dtype=dtype) for seed in range(4)]
+    buffers += [randoms(4, CAPACITY, 3, size, seed=seed, dtype=dtype).transpose(1, 2) for seed in (4, 5)]
+    lengths = torch.tensor([20, 0, 32], dtype=torch.int32)
+    return buffers, (lengths, torch.tensor(VISITED), torch.tensor([5, 6, 2], dtype=index_dtype))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_rows_are_moved_as_by_hand(index_dtype):
+    buffers, arguments = row_problem(torch.bfloat16, 6, index_dtype)
+    expected = [moved_by_hand(buffer, *arguments) for buffer in buffers]
+    assert not torch.equal(expected[0], buffers[0])
+    RowMover(buffers).move(*arguments)
+    assert all(torch.equal(run, right) for run, right in zip(buffers, expected, strict=True))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("size", [5, 6, 64])
+@pytest.mark.parametrize("counts", [[5, 6, 2], [1, 1, 1], [5, 1, 2]])
+def test_row_kernel(in_triton, counts, size, dtype):
+    """Bits are copied whole words at a time, so every dtype and size is one."""
+    buffers, arguments = row_problem(dtype, size)
+    arguments[2].copy_(torch.tensor(counts))
+    expected = [buffer.clone() for buffer in buffers]
+    for buffer in expected:
+        move_rows_torch(buffer, *arguments)
+    RowMover(buffers).move(*arguments)
+    assert all(torch.equal(run, right) for run, right in zip(buffers, expected, strict=True))
+
+
+@needs_interpreter
+def test_a_mover_reads_its_table_anew(in_triton):
+    """The second move begins behind the rows of the first, with buffers written in between."""
+    buffers, (lengths, visited, counts) = row_problem(torch.float32, 8)
+    mover = RowMover(buffers)
+    mover.move(lengths, visited, counts)
+    lengths += torch.tensor([5, 6, 0], dtype=torch.int32)
+    for buffer in buffers:
+        buffer[:, :, 30:] += 1
+    expected = [moved_by_hand(buffer, lengths, visited, counts) for buffer in buffers]
+    mover.move(lengths, visited, counts)
+    assert all(torch.equal(run, right) for run, right in zip(buffers, expected, strict=True))
+
+
+X = torch.zeros(2, 3, 8)
+ROTARY = rotary_case(batch=2)
+ROWS = (torch.tensor([1]), torch.tensor([[0, 1]]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("residual", lambda: add_rms_norm(X, X[:1], X[0, 0], 1e-5)),
+        ("weight", lambda: add_rms_norm(X, None, X[0, 0].half(), 1e-5)),
+        ("up", lambda: silu_and_multiply(X, X.half())),
+        ("query", lambda: rotate_and_store(**ROTARY | {"query": ROTARY["query"][..., 1:]})),
+        ("key", lambda: rotate_and_store(**ROTARY | {"key": ROTARY["key"].half()})),
+        ("value", lambda: rotate_and_store(**ROTARY | {"value": ROTARY["query"]})),
+        ("cos", lambda: rotate_and_store(**ROTARY | {"cos": ROTARY["cos"][..., :5]})),
+        ("sin", lambda: rotate_and_store(**ROTARY | {"sin": ROTARY["sin"][..., :8]})),
+        ("key_buffer", lambda: rotate_and_store(**ROTARY | {"key_buffer": ROTARY["key_buffer"][:1]})),
+        ("value_buffer", lambda: rotate_and_store(**ROTARY | {"value_buffer": ROTARY["value_buffer"][:, :, 1:]})),
+        ("first_rows", lambda: rotate_and_store(**ROTARY | {"first_rows": torch.zeros(2)})),
+        ("offset", lambda: rotate_and_store(**ROTARY | {"offset": -1})),
+        ("query_norm", lambda: rotate_and_store(**ROTARY | {"query_norm": X[0, 0]})),
+        ("key_norm", lambda: rotate_and_store(**ROTARY | {"key_norm": X[0, 0]})),
+        ("scores", lambda: best_children_fused(X[..., 0].half(), X, 4)),
+        ("logits", lambda: best_children_fused(X[0], X, 4)),
+        ("logits", lambda: best_children_fused(torch.zeros(1, 65), torch.zeros(1, 65, 4), 4)),
+        ("width", lambda: best_children_fused(X[..., 0], X, 65)),
+        ("softcap", lambda: best_children_fused(X[..., 0], X, 4, softcap=0.0)),
+        ("buffers", lambda: RowMover([])),
+        ("buffers", lambda: RowMover([X])),
+        ("visited", lambda: RowMover([X[None]]).move(ROWS[0], ROWS[1].int(), ROWS[2])),
+        ("lengths", lambda: RowMover([X[None]]).move(ROWS[0].float(), *ROWS[1:])),
+        ("counts", lambda: RowMover([X[None]]).move(*ROWS[:2], torch.tensor([1, 1]))),
+    ],
+)
+def test_mistakes_are_named(name, call):
+    with pytest.raises(ValueError, match=f"^`{name}` must"):
+        call()

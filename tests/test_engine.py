@@ -1,0 +1,249 @@
+"""The engine's rounds, uncaptured on the CPU: the same tokens as plain decoding and as the other rounds."""
+
+import dataclasses
+
+import pytest
+import torch
+from models import ScriptedDraft, learned, prompt, tiny_target
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from longspec_hf.decoding import Decoder
+from longspec_hf.engine import Engine, support
+from longspec_hf.engine.walk import greedy_walk
+from longspec_hf.tree import TokenTree, ancestor_matrix
+from longspec_hf.verification import walk
+
+
+@pytest.fixture(autouse=True)
+def engine_on_cpu():
+    support.ENGINE_DEVICES.add("cpu")
+    yield
+    support.ENGINE_DEVICES.discard("cpu")
+
+
+@pytest.fixture
+def engine_rounds(monkeypatch):
+    """Counts the engine's rounds of either kind."""
+    counts = {"greedy_round": 0, "draft_and_verify": 0}
+    for name in counts:
+        original = getattr(Engine, name)
+
+        def counted(self, *args, _name=name, _original=original):
+            counts[_name] += 1
+            return _original(self, *args)
+
+        monkeypatch.setattr(Engine, name, counted)
+    return counts
+
+
+def call(model, ids, draft=None, **kwargs):
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False, **kwargs}
+    return model.generate(ids, assistant_model=draft, return_dict_in_generate=True, **options)
+
+
+@pytest.mark.parametrize("mode", ["oracle", "noisy", "wrong", "learned"])
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_equals_plain_and_the_other_rounds(mode, sample, engine_rounds):
+    model = tiny_target(initializer_range=0.1)
+    for length in (1, 40, 700) if mode == "learned" else (3, 300):
+        ids = prompt(length, seed=length)
+        torch.manual_seed(length)
+        plain = call(model, ids, do_sample=sample).sequences
+        draft = learned(model) if mode == "learned" else ScriptedDraft(model, plain, mode)
+        outs = {}
+        for captured in (True, False):
+            draft.config.capture_rounds = captured
+            before = sum(engine_rounds.values())
+            torch.manual_seed(length)
+            outs[captured] = call(model, ids, draft, do_sample=sample)
+            assert torch.equal(outs[captured].sequences, plain)
+            used = sum(engine_rounds.values()) - before
+            assert used == (outs[captured].speculation_stats.rounds if captured else 0)
+        assert outs[True].speculation_stats.uncaptured_reason is None
+        assert outs[False].speculation_stats.uncaptured_reason == "`capture_rounds` is off"
+        other = {"decode_seconds": 0, "prefill_seconds": 0, "uncaptured_reason": None}
+        assert len({repr(dataclasses.replace(out.speculation_stats, **other)) for out in outs.values()}) == 1
+
+
+def wide_layers(cls, config_cls, **fields):
+    torch.manual_seed(0)
+    config = config_cls(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.5,
+        max_position_embeddings=2048,
+        **fields,
+    )
+    model = cls(config).eval()
+    with torch.no_grad():  # norms and biases that are not the identity
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: wide_layers(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=True),
+        lambda: wide_layers(Qwen3ForCausalLM, Qwen3Config),
+        lambda: tiny_target(
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        ),
+    ],
+    ids=["qwen2", "qwen3", "llama3-rope"],
+)
+def test_biases_norms_per_head_and_scaled_tables(model, engine_rounds):
+    model = model()
+    for seed in range(2):
+        ids = prompt(30, seed=seed)
+        plain = call(model, ids).sequences
+        for draft in (learned(model, tree_shape=[2, 4]), ScriptedDraft(model, plain, "noisy")):
+            out = call(model, ids, draft)
+            assert torch.equal(out.sequences, plain)
+    assert engine_rounds["greedy_round"] > 20
+
+
+def test_rows_of_a_batch_end_and_leave_the_state(engine_rounds):
+    model = tiny_target(initializer_range=0.1)
+    lengths = (5, 40, 300)
+    rows = [prompt(length, seed=length) for length in lengths]
+    ids = torch.cat([torch.nn.functional.pad(row, (300 - row.shape[1], 0)) for row in rows])
+    mask = torch.tensor([[0] * (300 - n) + [1] * n for n in lengths])
+    plain = call(model, ids, attention_mask=mask).sequences
+    end = int(plain[1, 300 + 12])
+    kwargs = {"attention_mask": mask, "eos_token_id": end, "pad_token_id": 0}
+    plain = call(model, ids, **kwargs).sequences
+    out = call(model, ids, ScriptedDraft(model, plain, "noisy"), **kwargs)
+    assert torch.equal(out.sequences, plain)
+    assert engine_rounds["greedy_round"] == out.speculation_stats.rounds
+
+
+def test_the_window_moves_and_the_buffers_grow(engine_rounds, monkeypatch):
+    monkeypatch.setattr("longspec_hf.cache_layer.GROWTH_ROWS", 64)
+    monkeypatch.setattr("longspec_hf.hook.GROWTH_ROWS", 64)
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(50, seed=3)
+    plain = call(model, ids, max_new_tokens=200).sequences
+    draft = ScriptedDraft(model, plain, "noisy", sliding_window=16)
+    moves = []
+    original = Engine.prepare
+
+    def watched(self, *args):
+        before = self.generator.window.row_lengths[0], self._addresses
+        original(self, *args)
+        moves.append((before[0] > self.generator.window.row_lengths[0], before[1] != self._addresses))
+
+    monkeypatch.setattr(Engine, "prepare", watched)
+    assert torch.equal(call(model, ids, draft, max_new_tokens=200).sequences, plain)
+    assert sum(moved for moved, _ in moves) > 5
+    assert sum(grown for _, grown in moves) > 1
+
+
+def test_plain_steps_keep_the_draft_ready(engine_rounds, monkeypatch):
+    """A call that goes over to plain steps and back drafts as one that never did."""
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(40, seed=5)
+    plain = call(model, ids).sequences
+    turns = iter([True, False, False, True, False] + [True] * 60)
+    monkeypatch.setattr("longspec_hf.pacing.Pacer.speculates", lambda self: next(turns))
+    draft = learned(model)
+    out = call(model, ids, draft)
+    assert torch.equal(out.sequences, plain)
+    assert out.speculation_stats.plain_steps == 3
+    windows = []
+    for captured in (True, False):
+        draft.config.capture_rounds = captured
+        turns = iter([True, False, False, True, False] + [True] * 60)
+        cache = call(model, ids, draft)
+        windows.append((cache.speculation_stats.accepted_per_depth, cache.speculation_stats.rounds))
+    assert windows[0] == windows[1]
+
+
+@pytest.mark.parametrize("offset", range(6))
+def test_a_stop_inside_a_block_ends_the_text_there(offset):
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(20, seed=8)
+    plain = call(model, ids).sequences
+    end = int(plain[0, 20 + offset])
+    kwargs = {"eos_token_id": end, "pad_token_id": 0}
+    expected = call(model, ids, **kwargs).sequences
+    draft = ScriptedDraft(model, plain, "oracle")
+    assert torch.equal(call(model, ids, draft, **kwargs).sequences, expected)
+    for new_tokens in range(1, 8):
+        assert torch.equal(call(model, ids, draft, max_new_tokens=new_tokens).sequences, plain[:, : 20 + new_tokens])
+
+
+def test_a_chat_turn_goes_on_from_the_engines_cache():
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(30, seed=9)
+    first = call(model, ids, learned(model), max_new_tokens=20)
+    cache = getattr(first, "cache", None) or first.past_key_values
+    longer = torch.cat([first.sequences, prompt(7, seed=10)], dim=1)
+    name = "cache" if "cache" in first else "past_key_values"
+    out = call(model, longer, learned(model), **{name: cache})
+    assert torch.equal(out.sequences, call(model, longer).sequences)
+
+
+def test_the_walk_on_the_device_is_the_walk_on_the_host():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        nodes = int(torch.randint(1, 12, (1,), generator=generator))
+        parents, ids = [0], [9]
+        for node in range(1, nodes):
+            parent = int(torch.randint(node, (1,), generator=generator))
+            free = {0, 1, 2, 3} - {ids[i] for i in range(1, node) if parents[i] == parent}
+            if not free:
+                break
+            parents.append(parent)
+            ids.append(free.pop())
+        count = len(ids)
+        depths = [0]
+        for parent in parents[1:]:
+            depths.append(depths[parent] + 1)
+        unused = [0] * (12 - count)
+        tree = TokenTree(
+            *(torch.tensor([row + unused]) for row in (ids, parents, depths)),
+            torch.tensor([[True] * count + [False] * len(unused)]),
+        )
+        best = torch.randint(0, 4, (1, 12), generator=generator)
+        result = walk(ids, parents, lambda node, best=best: (int(best[0, node]), False))
+        visited, counts, tokens = greedy_walk(tree, ancestor_matrix(tree.parents, tree.valid), best, 12)
+        used = int(counts[0])
+        assert visited[0, :used].tolist() == result.visited
+        assert tokens[0, :used].tolist() == result.tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda model: model.register_forward_hook(lambda *_: None), "hooks of its own"),
+        (lambda model: setattr(model.model.layers[0], "forward", model.model.layers[0].forward), "hooks of its own"),
+        (lambda model: setattr(model.config, "hidden_act", "gelu"), "silu"),
+    ],
+)
+def test_targets_that_are_not_as_written_out_are_left_to_transformers(change, word, engine_rounds):
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(20, seed=1)
+    plain = call(model, ids).sequences
+    change(model)
+    out = call(model, ids, ScriptedDraft(model, plain, "noisy"))
+    assert torch.equal(out.sequences, plain)
+    assert engine_rounds["greedy_round"] == 0
+    assert word in out.speculation_stats.uncaptured_reason
+
+
+def test_the_decoder_needs_no_engine():
+    assert Decoder.__init__.__defaults__[-1]() is None

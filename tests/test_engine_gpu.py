@@ -1,0 +1,165 @@
+"""Captured rounds on a GPU: the tokens of uncaptured ones, and of plain decoding. Run with `pytest -m gpu`."""
+
+import threading
+
+import pytest
+import torch
+from models import learned, prompt, tiny_target
+
+from longspec_hf.bench.counting import GuessingDraft, guessing_draft, make_counting
+from longspec_hf.engine import Engine
+from longspec_hf.engine.capture import Captured
+from longspec_hf.text import near_ties
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+SIZES = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}  # a head size the kernel takes
+
+
+def call(model, ids, draft=None, **kwargs):
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 60, "do_sample": False, **kwargs}
+    return model.generate(ids, assistant_model=draft, return_dict_in_generate=True, **options)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Counts replays."""
+    count = [0]
+    original = torch.cuda.CUDAGraph.replay
+
+    def replay(self):
+        count[0] += 1
+        original(self)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replay)
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_captured_equals_uncaptured(dtype, sample, replays, monkeypatch):
+    model = tiny_target(dtype=dtype, initializer_range=0.1, **SIZES).cuda()
+    draft = learned(model)
+    for length in (3, 40, 700):
+        ids = prompt(length, seed=length).cuda()
+        texts = []
+        for captured in (True, False):
+            before = replays[0]
+            with monkeypatch.context() as patch:
+                if not captured:
+                    patch.setattr(Captured, "prepare", lambda self: None)
+                torch.manual_seed(1)
+                out = call(model, ids, draft, do_sample=sample)
+            rounds = out.speculation_stats.rounds
+            halves = 2 if sample else 1
+            assert replays[0] - before == (halves * (rounds - 1) if captured else 0)
+            texts.append(out.sequences)
+        assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_greedy_equals_plain(dtype, replays):
+    model = tiny_target(dtype=dtype, initializer_range=0.1, **SIZES).cuda()
+    for length in (3, 40, 700):
+        ids = prompt(length, seed=length).cuda()
+        plain = call(model, ids).sequences
+        out = call(model, ids, learned(model)).sequences
+        if not torch.equal(plain, out):
+            first = int((plain != out).flatten().nonzero()[0])
+            with torch.no_grad():
+                logits = model(plain[:, :first]).logits[0, -1].float()
+            assert near_ties(logits, dtype, ulps=2).item(), (length, first)
+    assert replays[0] > 20
+
+
+def test_sampling_is_plain_seed_for_seed(replays):
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    ids = prompt(40, seed=2).cuda()
+    draft = learned(model)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        plain = call(model, ids, do_sample=True, temperature=0.8).sequences
+        torch.manual_seed(seed)
+        assert torch.equal(call(model, ids, draft, do_sample=True, temperature=0.8).sequences, plain)
+    assert replays[0] > 20
+
+
+def test_a_batch_whose_rows_end(replays):
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    rows = [prompt(length, seed=length) for length in (5, 40, 300)]
+    ids = torch.cat([torch.nn.functional.pad(row, (300 - row.shape[1], 0)) for row in rows]).cuda()
+    mask = torch.tensor([[0] * (300 - row.shape[1]) + [1] * row.shape[1] for row in rows]).cuda()
+    end = int(call(model, ids, attention_mask=mask).sequences[1, 320])
+    kwargs = {"attention_mask": mask, "eos_token_id": end, "pad_token_id": 0}
+    assert torch.equal(call(model, ids, learned(model), **kwargs).sequences, call(model, ids, **kwargs).sequences)
+    assert replays[0] > 5
+
+
+def test_buffers_that_grow_are_captured_anew(replays, monkeypatch):
+    monkeypatch.setattr("longspec_hf.cache_layer.GROWTH_ROWS", 64)
+    monkeypatch.setattr("longspec_hf.hook.GROWTH_ROWS", 64)
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    ids = prompt(50, seed=3).cuda()
+    kwargs = {"max_new_tokens": 400}
+    plain = call(model, ids, **kwargs).sequences
+    assert torch.equal(call(model, ids, learned(model, sliding_window=16), **kwargs).sequences, plain)
+
+
+def test_threads_capture_and_replay_side_by_side():
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    draft = learned(model)
+    inputs = [prompt(length, seed=length).cuda() for length in (20, 90, 400)]
+    plain = [call(model, ids).sequences for ids in inputs]
+    outs = [None] * len(inputs)
+
+    def work(index):
+        for _ in range(3):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                outs[index] = call(model, inputs[index], draft).sequences
+                torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(*pair) for pair in zip(plain, outs, strict=True))
+
+
+def test_an_error_in_a_round_leaves_the_device_usable(monkeypatch):
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    ids = prompt(40, seed=5).cuda()
+    plain = call(model, ids).sequences
+    draft = learned(model)
+    original = Engine.verify
+    calls = [0]
+
+    def broken(self, drafted):
+        calls[0] += 1
+        if calls[0] == 2:  # while the second round is captured
+            raise RuntimeError("on purpose")
+        return original(self, drafted)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "verify", broken)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            call(model, ids, draft)
+    assert torch.equal(call(model, ids, draft).sequences, plain)
+
+
+def test_a_scripted_draft_runs_captured(replays):
+    """The models of the benchmarks: what they write is known, and how often the draft is right."""
+    model = make_counting(tiny_target(tie_word_embeddings=False, initializer_range=0.02, **SIZES)).cuda()
+    ids = prompt(100, seed=1).cuda()
+    expected = (int(ids[0, -1]) + 1 + torch.arange(60)) % 64
+    draft = guessing_draft(model, None, ngram_branch_length=0, fallback_to_plain=False)
+    assert isinstance(draft, GuessingDraft)
+    for rate in (0.0, 1.0):
+        draft.set_guesses(rate, 1, 4096)
+        out = call(model, ids, draft)
+        assert out.sequences[0, 100:].tolist() == expected.tolist()
+        tau = out.speculation_stats.tau
+        assert tau == 1.0 if rate == 0.0 else tau > 5
+    assert replays[0] > 20
