@@ -1,7 +1,7 @@
 """Write a draft's model card from what its runs recorded: training facts, tau tables and speed, nothing by hand.
 
     python examples/make_model_card.py --draft model_cards/longspec-smollm2-135m-instruct \
-        --run docs/benchmarks/training_run_{short,long,short_2,long_2}.json \
+        --run docs/benchmarks/training_run_{short,long,short_2,long_2,short_3,long_3}.json \
         --tau docs/benchmarks/training_tau.csv docs/benchmarks/training_tau_lookup.csv
 
 `--run` is a JSON object with `facts`, as `LongSpecTrainer` writes to `training_facts.json`, and optionally `stage` and
