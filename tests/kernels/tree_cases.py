@@ -50,6 +50,8 @@ def tree_problem(
         for depth in reversed(range(shared)):
             branch[b, depth : depth + 1] = tokens[b, node]
             node = int(parents[b, node])
+        if b == 2:  # along the beam, but for the first token
+            branch[b, :1] = TOKENS
         branch[b, int(draw(length + 1)) if b % 2 else length :] = -1
     depth = max(levels, length)
     problem = {
