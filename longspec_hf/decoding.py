@@ -126,7 +126,8 @@ class Decoder:
         self.generator.append([[token] for token, _ in drawn])
         self.engine = self.make_engine()
         if self.engine is not None:
-            self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, ENGINE_CERTAIN)
+            certain = ENGINE_CERTAIN if self._is_greedy() else float("inf")
+            self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, certain)
         self._retire([stopped for _, stopped in drawn])
         if self.engine is not None and self.active:
             self.engine.load(self._limits(), self.starts)

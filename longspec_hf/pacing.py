@@ -16,8 +16,9 @@ CREDIT = 4.0
 """Most that can be saved up, in plain steps: bad luck of a few rounds is no reason to stop what has paid."""
 ENGINE_PATIENCE = 8
 """Rounds of the engine before plain steps are timed, whose graph must be captured first."""
-ENGINE_CERTAIN = 2.0
-"""Mean tokens of the engine's rounds from which on they pay, untimed: a round is read-bound as a plain step is."""
+ENGINE_CERTAIN = 3.0
+"""Mean tokens of the engine's greedy rounds from which on they pay, untimed: up to 128k a round of 64 nodes was
+measured to take at most twice a plain step's time. With sampling the host walks, and rounds are timed."""
 LARGEST_LOSS = 10.0
 """Most that one round is charged, in plain steps: a kernel compiled on the way is no reason to stop for long."""
 

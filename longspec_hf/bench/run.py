@@ -21,8 +21,9 @@ from ..settings import resolve_tree_settings
 from ..version import __version__
 from .counting import CYCLE, SHAPES, counting_target, guessing_draft, rate_for
 from .device import copy_rate, device_name
+from .plot import plot
 from .rounds import time_rounds
-from .ways import CAPTURED_PLAIN, COMPILED, LONGSPEC, PLAIN, WAYS, Decoded, decode
+from .ways import CAPTURED_PLAIN, COMPILED, PLAIN, WAYS, Decoded, decode
 
 DESCRIPTION = """Measure a pair on one GPU: whole calls beside transformers' own ways to decode, and single rounds
 beside the least time their bytes take.
@@ -249,22 +250,3 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def plot(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
-    """Tokens a second of every way, over the context."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    first = min(row["batch"] for row in rows)
-    for way in dict.fromkeys(row["way"] for row in rows):
-        points = [
-            (row["context"], row["tokens_per_second"]) for row in rows if (row["way"], row["batch"]) == (way, first)
-        ]
-        axes.plot(*zip(*points, strict=True), marker="o", label=way, linewidth=2.5 if way == LONGSPEC else 1.2)
-    axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="tokens a second")
-    axes.set_title(f"{facts['model']}, batch {first}, {facts['device']}", fontsize=9)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
