@@ -1,7 +1,7 @@
 """`merge_tree` in Triton, in one launch.
 
-A program holds all candidates of one sequence: the root, the beam, the branch. Ranks are counted instead of sorted, and
-a node's ancestors gathered as bits of 64-bit words, from twice as far above at each step.
+A program holds all candidates of one sequence: the root, the beam, the branch. Ranks are counted instead of sorted,
+and a node's ancestors gathered as bits of 64-bit words, from twice as far above at each step.
 """
 
 import torch
