@@ -10,6 +10,8 @@ Let the target continue prompts cut from those texts, half of them with an instr
     python examples/generate_data.py continue --target embedded --tokens data/corpus.npy --output data/own.npy \
         --count 768 --prompt-length 1024 --new-tokens 512 --temperatures 0.8
 
+What is done is written after every batch. `--from-start 0.5` lets half of the prompts begin where a text begins.
+
 Give both to `examples/train_draft.py`.
 """
 
@@ -24,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspec_hf.embedded import embedded_target_folder
-from longspec_hf.training import continue_prompts, make_prompts, pack_texts, read_texts, save_tokens
+from longspec_hf.training import continue_batches, make_prompts, pack_texts, read_texts, save_tokens
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,6 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--new-tokens", type=int, default=512)
     own.add_argument("--batch-size", type=int, default=256)
     own.add_argument("--temperatures", type=float, nargs="+", default=[0.8], help="in turn, one a batch; 0 is greedy")
+    own.add_argument("--instructed", type=float, default=0.5, help="share of prompts with an instruction")
+    own.add_argument("--from-start", type=float, default=0.0, help="share of prompts that begin where a text begins")
     own.add_argument("--dtype", default="bfloat16")
     own.add_argument("--seed", type=int, default=0)
     for command in (tokenize, own):
@@ -56,16 +60,23 @@ def main(arguments: list[str] | None = None) -> None:
     name = str(embedded_target_folder()) if args.target == "embedded" else args.target
     tokenizer = AutoTokenizer.from_pretrained(name)
     if args.command == "tokenize":
-        tokens = pack_texts(_texts(args.paths, set(args.exclude)), tokenizer, max_tokens=args.max_tokens)
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device).eval()
-        source = np.load(args.tokens, mmap_mode="r").reshape(-1)
-        prompts = make_prompts(source, tokenizer, args.count, args.prompt_length, seed=args.seed)
-        tokens = continue_prompts(target, prompts, args.new_tokens, args.batch_size, args.temperatures, args.seed)
-        tokens = tokens.astype(source.dtype)
-    save_tokens(args.output, tokens)
-    print(f"{args.output}: {tokens.size:,} tokens, shape {tokens.shape}")
+        _save(args.output, pack_texts(_texts(args.paths, set(args.exclude)), tokenizer, max_tokens=args.max_tokens))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device).eval()
+    source = np.load(args.tokens, mmap_mode="r").reshape(-1)
+    prompts = make_prompts(
+        source, tokenizer, args.count, args.prompt_length, args.instructed, args.seed, args.from_start
+    )
+    done = np.empty((0, args.prompt_length + args.new_tokens), dtype=source.dtype)
+    for rows in continue_batches(target, prompts, args.new_tokens, args.batch_size, args.temperatures, args.seed):
+        done = np.concatenate([done, rows.astype(source.dtype)])
+        _save(args.output, done)
+
+
+def _save(path: str, tokens: np.ndarray) -> None:
+    save_tokens(path, tokens)
+    print(f"{path}: {tokens.size:,} tokens, shape {tokens.shape}", flush=True)
 
 
 def _texts(paths: list[str], excluded: set[str]) -> Iterator[str]:

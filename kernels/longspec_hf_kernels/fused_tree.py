@@ -7,11 +7,14 @@ import torch.nn.functional as F
 
 from .backends import uses_triton
 from .masks import pack_ancestor_bits
+from .triton_configs import triton_version
 from .validation import FLOAT_DTYPES, expect
 
 # What one program of the kernel compares with one another, and the nodes it packs into two words of bits.
 MAX_CANDIDATES = 256
 MAX_NODES = 128
+# The first with `tl.gather`.
+GATHER_TRITON = (3, 3)
 INFINITY = float("inf")
 
 
@@ -209,12 +212,16 @@ def merge_tree(
     )
     expect(max_nodes >= 1, f"`max_nodes` must be at least 1, the root, got {max_nodes}.")
     expect(depth >= 0, f"`depth` must not be negative, got {depth}.")
-    candidates = 1 + count + branch.shape[1]
-    if uses_triton(scores) and candidates <= MAX_CANDIDATES and min(max_nodes, candidates) <= MAX_NODES:
+    if uses_triton(scores) and _kernel_fits(1 + count + branch.shape[1], max_nodes):
         from .fused_tree_kernel import merge_tree_triton
 
         return merge_tree_triton(root, tokens, parents, scores, widths, branch, limits, max_nodes, depth)
     return merge_tree_torch(root, tokens, parents, scores, widths, branch, limits, max_nodes, depth)
+
+
+def _kernel_fits(candidates: int, max_nodes: int) -> bool:
+    fits = candidates <= MAX_CANDIDATES and min(max_nodes, candidates) <= MAX_NODES
+    return fits and triton_version() >= GATHER_TRITON
 
 
 def _expect_int64(name: str, tensor: torch.Tensor, shape: list[int]) -> None:

@@ -1,7 +1,7 @@
 """`merge_tree` in Triton, in one launch.
 
-A program holds all candidates of one sequence: the root, the beam, the branch. Ranks are counted instead of sorted,
-and a node's ancestors gathered as bits of 64-bit words, from twice as far above at each step.
+A program holds all candidates of one sequence, one a thread: the root, the beam, the branch. Ranks are counted instead
+of sorted, and a node's ancestors gathered as bits of 64-bit words, from twice as far above at each step.
 """
 
 import torch
@@ -12,8 +12,8 @@ from .fused_tree import MergedTree
 from .masks import words_for
 
 WARP_SIZE = 32
-# Pairs of candidates that a warp compares with one another.
-WARP_PAIRS = 4096
+# Of a matrix of candidates, done at a time.
+COLUMNS = tl.constexpr(32)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -22,19 +22,20 @@ def merge_tree_kernel(
     root, tokens, parents, scores, branch, limits,
     out_tokens, out_parents, out_depths, out_valid, out_bits, out_ancestors,
     stride_root, stride_tokens, stride_parents, stride_scores, stride_branch, stride_limits,
-    NODES: tl.constexpr, LENGTH: tl.constexpr, KEPT: tl.constexpr, WIDTHS: tl.constexpr, HAS_LIMITS: tl.constexpr,
-    SHARED_STEPS: tl.constexpr, ANCESTOR_STEPS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    NODES: tl.constexpr, LEVELS: tl.constexpr, WIDTHS: tl.constexpr, LENGTH: tl.constexpr, HAS_LIMITS: tl.constexpr,
+    KEPT: tl.constexpr, SHARED_STEPS: tl.constexpr, ANCESTOR_STEPS: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences,)."""
+    """Grid: (sequences,). WIDTHS has 16 bits a level: one number, as not every Triton takes a tuple for a constant."""
     sequence = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     in_beam = (place >= 1) & (place <= NODES)
     in_branch = (place > NODES) & (place <= NODES + LENGTH)
     depth = tl.where(in_branch, place - NODES, 0)
     first = 1
-    for level in tl.static_range(len(WIDTHS)):
+    for level in tl.static_range(LEVELS):
         depth += (in_beam & (place >= first)).to(tl.int32)
-        first += WIDTHS[level]
+        first += (WIDTHS >> (16 * level)) & 0xFFFF
     token = tl.load(tokens + sequence * stride_tokens + place - 1, mask=in_beam, other=0)
     parent = tl.load(parents + sequence * stride_parents + place - 1, mask=in_beam, other=-1).to(tl.int32) + 1
     score = tl.load(scores + sequence * stride_scores + place - 1, mask=in_beam, other=-INFINITY).to(tl.float32)
@@ -60,10 +61,14 @@ def merge_tree_kernel(
     if HAS_LIMITS:
         usable = usable & (depth <= tl.load(limits + sequence * stride_limits))
     score = tl.where(usable, tl.where(certain, INFINITY, score), -INFINITY)
-    other = score[None, :]
-    earlier = place[None, :] < place[:, None]
-    ahead = (other > score[:, None]) | ((other == score[:, None]) & earlier)
-    kept = usable & (tl.sum(ahead.to(tl.int32), 1) < KEPT)
+    rank = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, BLOCK, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        other = tl.gather(score, column, 0)[None, :]
+        earlier = column[None, :] < place[:, None]
+        ahead = (other > score[:, None]) | ((other == score[:, None]) & earlier)
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    kept = usable & (rank < KEPT)
 
     # Kept candidates become the first nodes, the others the unused ones.
     number = tl.cumsum(kept.to(tl.int32), 0)
@@ -74,7 +79,6 @@ def merge_tree_kernel(
     tl.store(out_parents + at, tl.where(kept, tl.gather(node, parent, 0), 0).to(tl.int64), mask=written)
     tl.store(out_depths + at, tl.where(kept, depth, 0).to(tl.int64), mask=written)
     tl.store(out_valid + at, kept, mask=written)
-    bit = tl.arange(0, 64)
     for word in tl.static_range(WORDS):
         bits = tl.where(node // 64 == word, tl.full([BLOCK], 1, tl.int64) << (node % 64).to(tl.int64), 0)
         jump = parent
@@ -83,10 +87,12 @@ def merge_tree_kernel(
             jump = tl.gather(jump, jump, 0)
         bits = tl.where(kept, bits, 0)
         tl.store(out_bits + at * WORDS + word, bits, mask=written)
-        column = word * 64 + bit
-        visible = ((bits[:, None] >> bit.to(tl.int64)[None, :]) & 1) != 0
-        mask = written[:, None] & (column < KEPT)[None, :]
-        tl.store(out_ancestors + at[:, None] * KEPT + column[None, :], visible, mask=mask)
+        for start in tl.static_range(0, 64, COLUMNS):
+            shift = start + tl.arange(0, COLUMNS)
+            column = word * 64 + shift
+            visible = ((bits[:, None] >> shift.to(tl.int64)[None, :]) & 1) != 0
+            mask = written[:, None] & (column < KEPT)[None, :]
+            tl.store(out_ancestors + at[:, None] * KEPT + column[None, :], visible, mask=mask)
 
 
 def merge_tree_triton(
@@ -141,12 +147,13 @@ def merge_tree_triton(
         NODES=count,
         LENGTH=branch.shape[1],
         KEPT=kept,
-        WIDTHS=widths,
+        LEVELS=len(widths),
+        WIDTHS=sum(width << (16 * level) for level, width in enumerate(widths)),
         HAS_LIMITS=limits is not None,
         SHARED_STEPS=max(0, len(widths) - 1).bit_length(),
         ANCESTOR_STEPS=min(depth, kept - 1).bit_length(),
         WORDS=words,
         BLOCK=block,
-        num_warps=max(1, block * block // WARP_PAIRS),
+        num_warps=block // WARP_SIZE,
     )
     return out

@@ -1,11 +1,10 @@
 """When the Hopper kernel may run, and its launch; Gluon is imported only where it does."""
 
-import importlib.metadata
 from typing import Any
 
 import torch
 
-from .triton_configs import TileConfig, device_limits
+from .triton_configs import TileConfig, device_limits, triton_version
 
 # Registers of the two computing warpgroups hold scores and result up to this head size.
 HOPPER_HEAD_DIMS = (64, 128)
@@ -14,12 +13,6 @@ HOPPER_DTYPES = (torch.float16, torch.bfloat16)
 GLUON_TRITON = (3, 6)
 # What a tensor map asks of addresses and strides, in bytes.
 MAP_ALIGNMENT = 16
-
-
-def triton_version() -> tuple[int, int]:
-    """Major and minor version of the Triton installed."""
-    major, minor = importlib.metadata.version("triton").split(".")[:2]
-    return int(major), int(minor)
 
 
 def hopper_fits(

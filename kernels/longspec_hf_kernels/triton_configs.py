@@ -84,18 +84,24 @@ DEPENDENT_LAUNCH_TRITON = (3, 4)
 
 
 @functools.cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the Triton installed."""
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
+
+
+@functools.cache
 def device_limits(device: torch.device) -> DeviceLimits:
     """Read the limits of a CUDA device; a made-up small one for Triton's interpreter."""
     if device.type != "cuda":
         return DeviceLimits(multiprocessors=2, shared_memory=100 * 1024, dependent_launch=False)
     properties = torch.cuda.get_device_properties(device)
-    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     return DeviceLimits(
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_multiprocessor,
         dependent_launch=torch.version.hip is None
         and properties.major >= DEPENDENT_LAUNCH_MAJOR
-        and version >= DEPENDENT_LAUNCH_TRITON,
+        and triton_version() >= DEPENDENT_LAUNCH_TRITON,
         tensor_maps=torch.version.hip is None and properties.major == HOPPER_MAJOR,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,16 +42,17 @@ class Captured:
         self.pool = pool
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.can_capture = device.type == "cuda"
         self.result: Any = None
 
     @property
     def replays(self) -> bool:
         """Whether the next call only replays, or runs as it is for good."""
-        return self.graph is not None or (self.calls > 0 and self.device.type != "cuda")
+        return self.graph is not None or (self.calls > 0 and not self.can_capture)
 
     def prepare(self) -> None:
         """Capture if the next call shall be a replay."""
-        if self.calls == 0 or self.graph is not None or self.device.type != "cuda":
+        if self.calls == 0 or self.graph is not None or not self.can_capture:
             return
         graph = torch.cuda.CUDAGraph()
 
@@ -68,10 +70,14 @@ class Captured:
             gc.disable()
             try:
                 self.result = self._beside(capture)
+                self.graph = graph
+            except RuntimeError as error:
+                # A module or a draft of the user's own waits for the device, or fails: then it does so uncaptured too.
+                self.can_capture = False
+                warnings.warn(f"Rounds are not captured, and slower for it: {_first_line(error)}", stacklevel=2)
             finally:
                 if collects:
                     gc.enable()
-        self.graph = graph
 
     def __call__(self) -> Any:
         self.prepare()
@@ -112,3 +118,9 @@ def together(device: torch.device, *functions: Callable[[], torch.Tensor]) -> li
     for stream, _ in beside:
         current.wait_stream(stream)
     return results
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong first: ending a broken capture fails too, and hides it."""
+    cause = error.__context__ or error
+    return str(cause).split("\n", 1)[0]

@@ -15,7 +15,7 @@ from .data import (
 from .losses import FrozenHead, chunked_loss, naive_loss
 from .positions import anchor_offset_positions, draw_anchor_offset
 from .processes import loaded_whole
-from .self_generation import continue_prompts, make_prompts
+from .self_generation import continue_batches, continue_prompts, make_prompts
 from .target_states import TargetStates, read_target
 from .tau import TauEvaluator, TauInput, replay
 from .trainer import LongSpecTrainer
@@ -34,6 +34,7 @@ __all__ = [
     "TauInput",
     "anchor_offset_positions",
     "chunked_loss",
+    "continue_batches",
     "continue_prompts",
     "count_tokens",
     "draw_anchor_offset",

@@ -56,10 +56,16 @@ class PackedRows(Dataset):
 
 
 class FilledRows(Dataset):
-    """Rows of an array `[rows, m]`, cut at `length`; a run of equal tokens at the end, but its first, is filling."""
+    """Rows of an array `[rows, m]`, cut at `length`; a run of equal tokens at the end, but its first, is filling.
 
-    def __init__(self, tokens: np.ndarray, length: int) -> None:
-        self.tokens, self.length = tokens, length
+    Args:
+        tokens: `[rows, m]` ids.
+        length: tokens of a row.
+        first_label: tokens at a row's beginning that are not to be learned, such as a prompt's.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, first_label: int = 0) -> None:
+        self.tokens, self.length, self.first_label = tokens, length, first_label
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -70,6 +76,7 @@ class FilledRows(Dataset):
         end = (different[-1] if len(different) else -1) + 2
         labels = row.copy()
         labels[end:] = IGNORED
+        labels[: self.first_label] = IGNORED
         return {"input_ids": torch.from_numpy(row[: self.length]), "labels": torch.from_numpy(labels[: self.length])}
 
 
@@ -195,16 +202,38 @@ def rows_from_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, length: 
 
 
 def save_tokens(path: str | Path, tokens: np.ndarray) -> None:
-    """Write an array of tokens for `load_tokens`: `[n]` to be packed, or `[rows, length]` as rows."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, tokens)
+    """Write an array of tokens for `load_token_rows`: `[n]` to be packed, or `[rows, length]` as rows.
+
+    What stood at `path` stays until the new file is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.save(file, tokens)
+    partial.replace(path)
 
 
-def load_token_rows(path: str | Path, length: int) -> Dataset:
+def load_token_rows(path: str | Path, length: int, first_label: int = 0) -> Dataset:
     """Rows of an array written by `save_tokens`, memory-mapped.
 
     An array `[n]` is cut into rows of `length`. Rows of an array `[rows, m]` stay as they are (cut at `length`); a
-    run of one token at a row's end is filling, of which only the first token is learned.
+    run of one token at a row's end is filling, of which only the first token is learned, and nothing is learned of the
+    first `first_label` tokens.
+
+    Raises:
+        ValueError: `first_label` leaves nothing to learn, or the array is one text without rows.
     """
     tokens = np.load(path, mmap_mode="r")
-    return PackedRows(tokens, length) if tokens.ndim == 1 else FilledRows(tokens, length)
+    if tokens.ndim == 1:
+        if first_label:
+            raise ValueError(
+                f"`first_label` must be 0 for {path}, which has no rows, got {first_label}. Leave it out."
+            )
+        return PackedRows(tokens, length)
+    if not 0 <= first_label < min(length, tokens.shape[1]):
+        raise ValueError(
+            f"`first_label` must be from 0 to below the {min(length, tokens.shape[1])} tokens of a row of {path}, got "
+            f"{first_label}. Give the tokens of a prompt."
+        )
+    return FilledRows(tokens, length, first_label)

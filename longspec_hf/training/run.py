@@ -41,7 +41,11 @@ class ScriptArguments:
     target_name: str | None = field(default=None, metadata={"help": "The target's name in the draft's configuration."})
     target_dtype: str = field(default="bfloat16", metadata={"help": "Dtype of the target."})
     tokens: list[str] = field(
-        default_factory=list, metadata={"help": "Token arrays (.npy); `path*4` takes it 4 times."}
+        default_factory=list,
+        metadata={
+            "help": "Token arrays (.npy); `path*4` takes it 4 times, `path@1024*4` learns nothing of a row's first "
+            "1024 tokens, its prompt."
+        },
     )
     texts: list[str] = field(default_factory=list, metadata={"help": "Text files, folders or .jsonl."})
     dataset: str | None = field(default=None, metadata={"help": "Hugging Face dataset (its train split)."})
@@ -66,7 +70,8 @@ def load_rows(args: ScriptArguments, tokenizer, length: int) -> Dataset:
     parts: list[Dataset] = []
     for name in args.tokens:
         path, _, times = name.partition("*")
-        parts += [load_token_rows(path, length)] * int(times or 1)
+        path, _, first_label = path.partition("@")
+        parts += [load_token_rows(path, length, int(first_label or 0))] * int(times or 1)
     if args.texts:
         parts.append(PackedRows(pack_texts(read_texts(args.texts, tokenizer), tokenizer), length))
     if args.dataset:

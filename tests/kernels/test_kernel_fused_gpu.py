@@ -16,6 +16,7 @@ from longspec_hf_kernels import (
     RowMover,
     add_rms_norm,
     best_children_fused,
+    merge_tree,
     rotate,
     rotate_and_store,
     silu_and_multiply,
@@ -25,6 +26,7 @@ from longspec_hf_kernels.fused_beam import best_children_torch
 from longspec_hf_kernels.fused_gate import silu_and_multiply_torch
 from longspec_hf_kernels.fused_norm import add_rms_norm_torch
 from longspec_hf_kernels.fused_rotary import rotate_and_store_torch
+from tree_cases import SIZES, assert_same_tree, merged_by_hand, tree_problem
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -155,6 +157,26 @@ def test_a_captured_beam_follows_scores_and_unused_rows(dtype):
         graph.replay()
         assert_best(got, expected, 16)
         assert bool((got[1][0] < seed).all())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("sizes", [*SIZES, ((16,) * 15, 15, 128)], ids=str)
+def test_trees(sizes, batch):
+    for seed in range(6):
+        problem = tree_problem(*sizes, batch=batch, seed=seed, device="cuda")
+        assert_same_tree(merge_tree(**problem), merged_by_hand(problem))
+
+
+@pytest.mark.parametrize("sizes", [SIZES[0], ((16,) * 15, 15, 128)], ids=str)
+def test_a_captured_merge_follows_the_beam_and_the_branch(sizes):
+    problem = tree_problem(*sizes, seed=1, device="cuda")
+    graph, got = captured(lambda: merge_tree(**problem))
+    for seed in (3, 5):
+        other = tree_problem(*sizes, seed=seed)
+        for name in ("root", "tokens", "parents", "scores", "branch", "limits"):
+            problem[name].copy_(other[name])
+        graph.replay()
+        assert_same_tree(got, merged_by_hand(other))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

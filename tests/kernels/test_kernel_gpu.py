@@ -15,9 +15,9 @@ from longspec_hf_kernels.torch_attention import hybrid_tree_attention_torch
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from longspec_hf_kernels.flash_attention import hybrid_tree_attention_flash
-from longspec_hf_kernels.hopper_attention import GLUON_TRITON, HOPPER_HEAD_DIMS, hopper_fits, triton_version
+from longspec_hf_kernels.hopper_attention import GLUON_TRITON, HOPPER_HEAD_DIMS, hopper_fits
 from longspec_hf_kernels.triton_attention import hybrid_tree_attention_triton
-from longspec_hf_kernels.triton_configs import LaunchOptions
+from longspec_hf_kernels.triton_configs import LaunchOptions, triton_version
 
 pytestmark = [
     pytest.mark.gpu,

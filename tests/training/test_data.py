@@ -14,6 +14,7 @@ from longspec_hf.training import (
     FilledRows,
     ListedRows,
     PackedRows,
+    continue_batches,
     continue_prompts,
     count_tokens,
     load_token_rows,
@@ -25,12 +26,13 @@ from longspec_hf.training import (
     save_tokens,
     set_draft_vocabulary,
 )
+from longspec_hf.training.run import ScriptArguments, load_rows
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token per character; `|` is the end."""
-    characters = {c: i for i, c in enumerate("|abcdefghijklmnopqrstuvwxyz \n\u241e.,?'`ESWTRy:")}
+    characters = {c: i for i, c in enumerate("|abcdefghijklmnopqrstuvwxyz \n\u241e.,?'`DEGHRSTW:")}
     tokenizer = Tokenizer(models.WordLevel({**characters, "?": len(characters)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="|", unk_token="?")
@@ -94,6 +96,28 @@ def test_filled_rows_learn_one_end(tmp_path):
     ]
 
 
+def test_a_prompt_can_be_left_unlearned(tmp_path):
+    path = tmp_path / "own.npy"
+    save_tokens(path, np.array([[5, 6, 7, 2, 2]], dtype=np.uint16))
+    row = load_token_rows(path, 5, first_label=2)[0]
+    assert row["input_ids"].tolist() == [5, 6, 7, 2, 2]
+    assert row["labels"].tolist() == [-100, -100, 7, 2, -100]
+    with pytest.raises(ValueError, match=r"`first_label` must be from 0 to below the 4 tokens of a row of .*, got 4"):
+        load_token_rows(path, 4, first_label=4)
+    save_tokens(path, np.arange(10, dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"`first_label` must be 0 for .*own.npy, which has no rows, got 2"):
+        load_token_rows(path, 4, first_label=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["own.npy"]
+
+
+def test_sources_of_a_command_line_name_repetitions_and_prompts(tmp_path):
+    save_tokens(tmp_path / "own.npy", np.array([[5, 6, 7, 8]], dtype=np.uint16))
+    sources = [f"{tmp_path}/own.npy", f"{tmp_path}/own.npy*2", f"{tmp_path}/own.npy@3", f"{tmp_path}/own.npy@2*2"]
+    rows = load_rows(ScriptArguments(tokens=sources), None, 4)
+    unlearned = [int((rows[index]["labels"] == -100).sum()) for index in range(len(rows))]
+    assert unlearned == [0, 0, 0, 3, 2, 2]
+
+
 def test_the_target_continues_prompts(tokenizer):
     target = tiny_target(eos_token_id=3)
     target.generation_config.eos_token_id = 3
@@ -105,6 +129,36 @@ def test_the_target_continues_prompts(tokenizer):
     plain = target.generate(prompts[:2], max_new_tokens=12, do_sample=False, pad_token_id=3)
     assert (rows[:2, : plain.shape[1]] == plain.numpy()).all()
     assert (rows == continue_prompts(target, prompts, 12, 2, (0.0, 1.0), 4)).all()
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(tokenizer, monkeypatch):
+    target = tiny_target()
+    prompts = make_prompts(np.arange(1, 40), tokenizer, 7, 10, instructed=0.0)
+    expected = continue_prompts(target, prompts, 5, 7, (0.0,))
+    generate, tried, most = target.generate, [], 3
+
+    def limited(batch, **kwargs):
+        tried.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("no memory")
+        return generate(batch, **kwargs)
+
+    monkeypatch.setattr(target, "generate", limited)
+    batches = list(continue_batches(target, prompts, 5, 7, (0.0,)))
+    assert tried == [7, 3, 3, 1] and [len(rows) for rows in batches] == [3, 3, 1]
+    assert (np.concatenate(batches) == expected).all()
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        continue_prompts(target, prompts, 5, 2, (0.0,))
+
+
+def test_prompts_can_begin_where_texts_begin(tokenizer):
+    texts = [np.full(length, token) for token, length in ((5, 3), (6, 30), (7, 8), (8, 40))]
+    tokens = np.concatenate([np.append([9, *text], 0) for text in texts])
+    prompts = make_prompts(tokens, tokenizer, 40, 20, instructed=0.0, from_start=1.0)
+    assert {tuple(row.tolist()) for row in prompts} == {(9, *[6] * 19), (9, *[8] * 19)}
+    anywhere = make_prompts(np.full(60, 6), tokenizer, 3, 20, instructed=0.0, from_start=1.0)  # no text has an end
+    assert (anywhere == 6).all()
 
 
 def test_instructed_prompts_have_the_asked_length(tokenizer):
