@@ -105,6 +105,7 @@ def test_prompts_of_held_out_texts_are_their_last_tokens(tmp_path, prompts_of):
     long = [texts[0], texts[2][-10:], texts[3][-10:]]
     assert prompts_of(path, 10, 1, count=3) == [[ids] for ids in long]
     assert prompts_of(path, 10, 1) == [[long[0]]]
+    assert prompts_of(path, 4, 1, count=2) == [[texts[0][-4:]], [texts[2][-4:]]]  # spread over the file
     with pytest.raises(ValueError, match="`texts` must hold 4 prompts of 10 tokens, got 3"):
         prompts_of(path, 10, 2, count=2)
 
