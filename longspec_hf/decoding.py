@@ -58,7 +58,7 @@ class Decoder:
         drawers: per sequence, draws and commits tokens; their texts are the prompts.
         prompts: the prompts.
         max_length: longest text, prompt included. No tree reaches past it.
-        make_engine: gives, after the prefill, what runs the rounds on the device, or `None` where nothing can.
+        make_engine: gives, after the prefill, what runs the rounds on the device, or `None` and why nothing can.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Decoder:
         drawers: Sequence[TokenDrawer],
         prompts: Prompts,
         max_length: int,
-        make_engine: Callable[[], Engine | None] = lambda: None,
+        make_engine: Callable[[], tuple[Engine | None, str | None]] = lambda: (None, None),
     ) -> None:
         self.target = target
         self.generator = generator
@@ -124,7 +124,7 @@ class Decoder:
         prompts = self.prompts
         self.generator.start(prompts.token_ids, prompts.positions, prompts.embeds)
         self.generator.append([[token] for token, _ in drawn])
-        self.engine = self.make_engine()
+        self.engine, self.stats.uncaptured_reason = self.make_engine()
         if self.engine is not None:
             certain = ENGINE_CERTAIN if self._is_greedy() else float("inf")
             self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, certain)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, StaticCache, generation
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache, generation
 from transformers.generation import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 
 from .cache import LongSpecCache
@@ -43,6 +43,32 @@ ROW_WISE = (
 
 
 TREE_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def reason_of_call(
+    target: PreTrainedModel,
+    config: GenerationConfig,
+    settings: TreeSettings,
+    inputs: dict[str, Any],
+    cache_argument: str,
+    prompt_length: int,
+) -> str | None:
+    """The first thing in a call that asks for plain decoding, or `None`.
+
+    Args:
+        target, config, settings: of the call.
+        inputs: keyword arguments of the target's forwards, and `synced_gpus`.
+        cache_argument: the name of the cache among them.
+        prompt_length: tokens of the longest prompt.
+    """
+    text_config = target.config.get_text_config(decoder=True)
+    return (
+        reason_of_config(config, settings, inputs["synced_gpus"])
+        or reason_of_layers(text_config)
+        or reason_of_modules(target)
+        or reason_of_inputs(inputs, cache_argument, config)
+        or reason_of_rope(text_config, prompt_length, config.max_length)
+    )
 
 
 def reason_of_config(config: GenerationConfig, settings: TreeSettings, synced_gpus: bool) -> str | None:

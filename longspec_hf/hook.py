@@ -38,15 +38,8 @@ from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
-from .engine import ENGINE_DEVICES, Engine, reason_against_engine
-from .fallback import (
-    reason_of_batch,
-    reason_of_config,
-    reason_of_inputs,
-    reason_of_layers,
-    reason_of_modules,
-    reason_of_rope,
-)
+from .engine import make_engine
+from .fallback import reason_of_batch, reason_of_call
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
 from .placement import draft_device
@@ -188,14 +181,8 @@ def _longspec_decoding(
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
     prompts = read_prompts(input_ids, model_kwargs, draft.device)
-    text_config = target.config.get_text_config(decoder=True)
-    reason = (
-        reason_of_config(generation_config, settings, synced_gpus)
-        or reason_of_layers(text_config)
-        or reason_of_modules(target)
-        or reason_of_inputs(model_kwargs, CACHE_ARG, generation_config)
-        or reason_of_rope(text_config, prompts.positions.shape[1], generation_config.max_length)
-    )
+    inputs = {**model_kwargs, "synced_gpus": synced_gpus}
+    reason = reason_of_call(target, generation_config, settings, inputs, CACHE_ARG, prompts.positions.shape[1])
     if input_ids.shape[0] > 1:
         reason = reason or reason_of_batch(
             generation_config, settings, logits_processor, stopping_criteria, streamer is not None
@@ -232,16 +219,8 @@ def _longspec_decoding(
         for row in range(input_ids.shape[0])
     ]
     runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, prompts.starts)
-
-    reason = None
-
-    def make_engine() -> Engine | None:
-        nonlocal reason
-        reason = reason_against_engine(target, draft, bound, settings, cache, runner.hidden_states is not None)
-        return None if reason else Engine(target, generator, cache)
-
-    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, make_engine).run()
-    stats.uncaptured_reason = reason if target.device.type in ENGINE_DEVICES else None
+    engine = functools.partial(make_engine, target, generator, cache, runner.hidden_states is not None)
+    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, engine).run()
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):

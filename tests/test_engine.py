@@ -7,7 +7,6 @@ import torch
 from models import ScriptedDraft, learned, prompt, tiny_target
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from longspec_hf.decoding import Decoder
 from longspec_hf.engine import Engine, support
 from longspec_hf.engine.walk import greedy_walk
 from longspec_hf.tree import TokenTree, ancestor_matrix
@@ -243,7 +242,3 @@ def test_targets_that_are_not_as_written_out_are_left_to_transformers(change, wo
     assert torch.equal(out.sequences, plain)
     assert engine_rounds["greedy_round"] == 0
     assert word in out.speculation_stats.uncaptured_reason
-
-
-def test_the_decoder_needs_no_engine():
-    assert Decoder.__init__.__defaults__[-1]() is None

@@ -127,21 +127,26 @@ def test_threads_capture_and_replay_side_by_side():
     assert all(torch.equal(*pair) for pair in zip(plain, outs, strict=True))
 
 
-def test_what_cannot_be_captured_runs_uncaptured(replays):
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_what_cannot_be_captured_runs_uncaptured(replays, sample):
     """A draft that asks the host: the call goes on without graphs, and the next one is captured."""
     model = tiny_target(initializer_range=0.1, **SIZES).cuda()
     ids = prompt(40, seed=5).cuda()
-    plain = call(model, ids).sequences
+    torch.manual_seed(1)
+    plain = call(model, ids, do_sample=sample).sequences
     draft = ScriptedDraft(model, plain.cpu(), "noisy").cuda()  # its script stays on the CPU
 
     def ask_the_host(hidden, head, token_ids, position_ids, answer=draft.next_token_logits):
         return answer(hidden, head, token_ids.cpu(), position_ids.cpu()).cuda()
 
     draft.next_token_logits = ask_the_host
+    torch.manual_seed(1)
     with pytest.warns(UserWarning, match="Rounds are not captured"):
-        assert torch.equal(call(model, ids, draft).sequences, plain)
+        assert torch.equal(call(model, ids, draft, do_sample=sample).sequences, plain)
     assert replays[0] == 0
-    assert torch.equal(call(model, ids, learned(model)).sequences, plain)
+    other = learned(model)
+    torch.manual_seed(1)
+    assert torch.equal(call(model, ids, other, do_sample=sample).sequences, plain)
     assert replays[0] > 5
 
 

@@ -113,8 +113,14 @@ class Engine:
             self._addresses = addresses
             self._mover = RowMover(buffers)
             self._forget_graphs()
-        for name in ("greedy",) if greedy else ("verify", "commit"):
-            self._captured(name, settings).prepare()
+        if greedy:
+            self._captured("greedy", settings).prepare()
+            return
+        verify, commit = self._captured("verify", settings), self._captured("commit", settings)
+        verify.prepare()
+        # Without a graph the trees lie elsewhere in every round.
+        commit.can_capture &= verify.can_capture
+        commit.prepare()
 
     def greedy_round(self, settings: TreeSettings) -> tuple[list[int], list[list[int]]]:
         """A whole round; returns how many nodes were drafted for every sequence, and its new tokens."""
