@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -108,9 +109,13 @@ class TokenDrawer:
         self.stopping_criteria = stopping_criteria
         self.do_sample = generation_config.do_sample
         self.streamer = streamer
-        self.host_criteria = HostCriteria(stopping_criteria)
         self.scores: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_logits else None
+
+    @functools.cached_property
+    def host_criteria(self) -> HostCriteria:
+        """The criteria as far as the host can check them by itself."""
+        return HostCriteria(self.stopping_criteria)
 
     @property
     def is_plain_argmax(self) -> bool:
