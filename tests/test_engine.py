@@ -7,8 +7,13 @@ import torch
 from models import ScriptedDraft, learned, prompt, tiny_target
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from longspec_hf.cache import LongSpecCache
+from longspec_hf.candidate_generator import LongSpecCandidateGenerator
 from longspec_hf.engine import Engine, support
 from longspec_hf.engine.walk import greedy_walk
+from longspec_hf.hook import CACHE_ARG
+from longspec_hf.settings import resolve_tree_settings
+from longspec_hf.target import bind
 from longspec_hf.tree import TokenTree, ancestor_matrix
 from longspec_hf.verification import walk
 
@@ -194,6 +199,43 @@ def test_a_chat_turn_goes_on_from_the_engines_cache():
     name = "cache" if "cache" in first else "past_key_values"
     out = call(model, longer, learned(model), **{name: cache})
     assert torch.equal(out.sequences, call(model, longer).sequences)
+
+
+@pytest.mark.parametrize("shape", [[3], [3, 4, 4], [2, 4, 8, 8]])
+def test_the_trees_are_those_of_the_other_rounds(shape):
+    """The same tokens, parents and scores: ancestors, windows and positions are what they are there."""
+    model = wide_layers(Qwen2ForCausalLM, Qwen2Config)
+    ids = prompt(60, seed=4)
+    # A sharp draft, for which it matters what a node has seen.
+    draft = learned(model, tree_shape=shape, max_tree_nodes=24, ngram_branch_length=0, sliding_window=16)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    settings = resolve_tree_settings(draft, model.generation_config)
+    cache = LongSpecCache()
+    cache.reserve(200)
+    with torch.no_grad():
+        model(ids, **{CACHE_ARG: cache})
+        cache.begin_rounds(1)
+        generator = LongSpecCandidateGenerator(draft, bind(draft, model), settings)
+        generator.start(ids.tolist(), torch.arange(60).unsqueeze(0))
+        for token in (7, 9, 11):
+            generator.append([[token]])
+            theirs = generator.propose(cache, [20], static_shape=True)
+            engine = Engine(model, generator, cache)
+            engine.load([20], None)
+            ours = engine.draft(settings).tree
+            for name in ("token_ids", "parents", "depths", "valid"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name)), (token, name)
+
+
+def test_near_ties_that_are_rechecked_are_not_the_engines(engine_rounds):
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(20, seed=1)
+    out = call(model, ids, learned(model, recheck_near_ties=True))
+    assert engine_rounds["greedy_round"] == 0
+    assert out.speculation_stats.uncaptured_reason.startswith("`recheck_near_ties`")
 
 
 def test_the_walk_on_the_device_is_the_walk_on_the_host():

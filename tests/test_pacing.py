@@ -53,6 +53,31 @@ def test_full_rounds_are_not_interrupted_by_a_comparison():
         pacer.add_round(9.0, 5, full=True)
 
 
+def test_plain_steps_are_timed_when_patience_has_run_out_and_rounds_do_not_pay_for_certain():
+    pacer = Pacer(patience=3, certain=2.0)
+    chosen = []
+    for tokens in (1, 1, 5, 1, 1):  # a mean of 2.3 after three rounds, of 1.8 after five
+        chosen.append(pacer.speculates())
+        pacer.add_round(None, tokens, full=False)
+    assert chosen == [True] * 5
+    assert not pacer.speculates()
+    pacer = Pacer(patience=3, certain=2.0)
+    for done in range(3):
+        assert pacer.speculates(), done
+        pacer.add_round(1.0, 1, full=False)
+    assert not pacer.speculates()
+
+
+def test_rounds_and_steps_that_were_not_usual_are_not_charged():
+    pacer = Pacer()
+    pacer.add_round(None, 1, full=False)
+    pacer.add_plain(None)
+    assert pacer.plain_seconds is None and not pacer.speculates()
+    pacer.add_plain(1.0)
+    pacer.add_plain(1.0)
+    assert pacer.speculates() and pacer.pauses == 0
+
+
 def test_one_very_slow_round_is_forgiven():
     """The first round of a process may compile kernels."""
     pacer, rounds = Pacer(), 0

@@ -7,6 +7,7 @@ the device, which a captured round needs, and every way of decoding must write t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def counting_target(shape: str, device: torch.device, dtype: torch.dtype = torch
     """
     if shape not in SHAPES:
         raise ValueError(f"`shape` must be one of {', '.join(SHAPES)}, got {shape!r}.")
-    config = SHAPES[shape]
+    config = copy.deepcopy(SHAPES[shape])
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

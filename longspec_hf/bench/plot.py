@@ -16,6 +16,9 @@ def plot(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
         facts: names `model` and `device`.
         path: where the picture goes, in the format its name says.
     """
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     batch = min(row["batch"] for row in rows)

@@ -189,7 +189,7 @@ def test_a_table_is_aligned(capsys):
 
 
 def test_a_plot_shows_the_smallest_batch(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib, which no extra asks for, is not installed")
+    pytest.importorskip("matplotlib", reason="the extra `dev` is not installed")
     from matplotlib import pyplot
 
     path = tmp_path / "calls.png"
