@@ -9,6 +9,7 @@ from .api import hybrid_tree_attention
 from .commit_rows import RowMover
 from .fused_beam import best_children_fused
 from .fused_gate import silu_and_multiply
+from .fused_linear import few_rows_fit, gated_linear, linear_add_rms_norm, linear_few_rows
 from .fused_norm import add_rms_norm
 from .fused_rotary import rotate, rotate_and_store
 from .fused_tree import ancestor_matrix, level_depths, merge_nodes, merge_tree
@@ -20,9 +21,13 @@ __all__ = [
     "add_rms_norm",
     "ancestor_matrix",
     "best_children_fused",
+    "few_rows_fit",
+    "gated_linear",
     "hybrid_tree_attention",
     "hybrid_tree_attention_reference",
     "level_depths",
+    "linear_add_rms_norm",
+    "linear_few_rows",
     "merge_nodes",
     "merge_tree",
     "pack_ancestor_bits",

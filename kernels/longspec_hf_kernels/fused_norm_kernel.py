@@ -9,17 +9,20 @@ WARP_ELEMENTS = 512
 MAX_WARPS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_part"])
 def add_rms_norm_kernel(
-    x, residual, weight, normed, summed, eps,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x, residual, weight, normed, summed, eps, stride_part,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows,). Rounds to the dtype after the sum, the scaling and the product, as PyTorch's steps do."""
-    dtype = x.dtype.element_ty
+    """Grid: (rows,). Rounds to the dtype after each sum, the scaling and the product, as PyTorch's steps do."""
+    dtype = normed.dtype.element_ty
     channel = tl.arange(0, BLOCK)
     mask = channel < HIDDEN
     at = tl.program_id(0).to(tl.int64) * HIDDEN + channel
     row = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        row += tl.load(x + part * stride_part.to(tl.int64) + at, mask=mask, other=0.0).to(tl.float32)
+    row = row.to(dtype).to(tl.float32)
     scale = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total = (row + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
@@ -31,25 +34,32 @@ def add_rms_norm_kernel(
 
 
 def add_rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, parts: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_rms_norm_torch` in one launch."""
+    """`add_rms_norm_torch` in one launch.
+
+    Args:
+        parts: `x` is fp32 `[S, *residual.shape]`; its sum over S, rounded to the residual's dtype, is meant.
+    """
     x = x.contiguous()
     hidden = x.shape[-1]
-    normed = torch.empty_like(x)
-    summed = x if residual is None else torch.empty_like(x)
-    if x.numel() == 0:
+    like = x if residual is None else residual.contiguous()
+    normed = torch.empty_like(like)
+    summed = x if residual is None else torch.empty_like(like)
+    if normed.numel() == 0:
         return normed, summed
     block = triton.next_power_of_2(hidden)
-    add_rms_norm_kernel[(x.numel() // hidden,)](
+    add_rms_norm_kernel[(normed.numel() // hidden,)](
         x,
-        None if residual is None else residual.contiguous(),
+        None if residual is None else like,
         weight.contiguous(),
         normed,
         summed,
         eps,
+        normed.numel(),
         HIDDEN=hidden,
         BLOCK=block,
+        PARTS=x.shape[0] if parts else 1,
         HAS_RESIDUAL=residual is not None,
         num_warps=min(MAX_WARPS, max(1, block // WARP_ELEMENTS)),
     )

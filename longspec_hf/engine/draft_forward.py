@@ -10,6 +10,7 @@ from longspec_hf_kernels import (
     add_rms_norm,
     best_children_fused,
     hybrid_tree_attention,
+    linear_few_rows,
     pack_ancestor_bits,
     rotate,
     rotate_and_store,
@@ -20,8 +21,8 @@ from ..cache import LongSpecCache
 from ..draft_window import DraftWindow
 from ..modeling_longspec import LongSpecAttention, LongSpecDraftModel
 from ..target import BoundTarget
+from .linears import opened_gate, project_add_norm, queries_keys_values
 from .state import RoundState
-from .target_forward import gated_mlp, queries_keys_values
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class DraftForward:
         scale = draft.config.head_dim**-0.5
         cos, sin = (table.expand(-1, token_ids.shape[1], -1) for table in rotary)
         embeds = self.bound.embed_tokens(token_ids)
-        hidden, summed = self._norm(embeds, None, draft.input_layernorm)
+        hidden, summed = add_rms_norm(embeds, None, *_norm_of(draft.input_layernorm, draft))
         query = self._store(state, hidden, cos, sin, level.first_row)
         attended = hybrid_tree_attention(
             query,
@@ -146,18 +147,18 @@ class DraftForward:
             scale=scale,
             window=self.window.window,
         )
-        hidden, summed = self._norm(draft.self_attn.output(attended), summed, draft.post_self_attention_layernorm)
+        norm = _norm_of(draft.post_self_attention_layernorm, draft)
+        hidden, summed = project_add_norm(draft.self_attn.o_proj, _joined(attended), summed, *norm)
         cross = draft.cross_attn
         query = rotate(
             cross.q_proj(hidden), cos, sin, head_dim=cross.head_dim, **_head_norm(cross, "query_norm", "q_norm")
         )
         keys, values = self.cache.layers[self.bound.layer_idx].buffers(count)
         attended = hybrid_tree_attention(query, keys, values, state.lengths, None, starts=state.starts, scale=scale)
-        hidden, summed = self._norm(cross.output(attended), summed, draft.post_cross_attention_layernorm)
-        output = summed + gated_mlp(draft.mlp, hidden)
-        return draft.next_token_logits(
-            output, self._head, token_ids, (state.root_positions + level.depth).expand_as(token_ids)
-        )
+        norm = _norm_of(draft.post_cross_attention_layernorm, draft)
+        hidden, summed = project_add_norm(cross.o_proj, _joined(attended), summed, *norm)
+        positions = (state.root_positions + level.depth).expand_as(token_ids)
+        return self._next_token_logits(opened_gate(draft.mlp, hidden), summed, token_ids, positions)
 
     def append(self, state: RoundState, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Write the K/V of tokens `[b, P]` from the root on behind the window's rows; the caller counts them.
@@ -167,7 +168,8 @@ class DraftForward:
             token_ids: committed tokens. Where a sequence has fewer, the rest is not counted, and overwritten later.
             cos, sin: `[b, P, rotary_dim]`.
         """
-        hidden, _ = self._norm(self.bound.embed_tokens(token_ids), None, self.draft.input_layernorm)
+        norm = _norm_of(self.draft.input_layernorm, self.draft)
+        hidden, _ = add_rms_norm(self.bound.embed_tokens(token_ids), None, *norm)
         self._store(state, hidden, cos, sin, 0)
 
     def _store(
@@ -191,17 +193,37 @@ class DraftForward:
             key_norm=attention.k_norm.weight if attention.qk_norm else None,
         )
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The target's norm and head over the draft vocabulary, in the model's dtype."""
-        if self.bound.norm is not None:
-            norm = self.bound.norm
-            hidden, _ = add_rms_norm(hidden, None, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
-        return self.bound.head.scores(hidden)
+    def _next_token_logits(
+        self, opened: torch.Tensor, summed: torch.Tensor, token_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The rest of the layer and the target's norm and head over the draft vocabulary, in the model's dtype."""
+        draft, final = self.draft, self.bound.norm
+        if final is None:
+            return draft.next_token_logits(summed + draft.mlp.down_proj(opened), self._scores, token_ids, position_ids)
+        norm: Any = (final.weight, final.variance_epsilon)
+        normed, output = project_add_norm(draft.mlp.down_proj, opened, summed, *norm)
 
-    def _norm(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: torch.nn.RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return add_rms_norm(hidden, residual, norm.weight, self.draft.config.rms_norm_eps)
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            # The norm of what the layer gave came with it.
+            return self._scores(normed if hidden is output else add_rms_norm(hidden, None, *norm)[0])
+
+        return draft.next_token_logits(output, head, token_ids, position_ids)
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.bound.head
+        if head.weight is None or head.bias is not None:
+            return head.scores(hidden)
+        return linear_few_rows(hidden, head.weight)
+
+
+def _joined(attended: torch.Tensor) -> torch.Tensor:
+    """Heads `[b, Hq, k, D]` side by side, `[b, k, Hq * D]`."""
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _norm_of(norm: torch.nn.RMSNorm, draft: LongSpecDraftModel) -> tuple[torch.Tensor, float]:
+    """Weight and epsilon of one of the draft's norms."""
+    return norm.weight, draft.config.rms_norm_eps
 
 
 def _head_norm(attention: LongSpecAttention, argument: str, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The target's forward over tree nodes in few kernels: the layer of Llama, Mistral, Qwen2 and Qwen3, written out.
 
 Rounding follows transformers' modules step by step, so in exact arithmetic the logits are those of the model's own
-forward. What the modules are (quantised, with LoRA) is left to them: projections are called, not unpacked.
+forward.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from longspec_hf_kernels import add_rms_norm, hybrid_tree_attention, rotate_and_store, silu_and_multiply
+from longspec_hf_kernels import add_rms_norm, hybrid_tree_attention, rotate_and_store
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import LongSpecCache
-from .capture import together
+from .linears import opened_gate, project_add_norm, queries_keys_values
 
 
 class NodeAttention:
@@ -46,7 +46,7 @@ class NodeAttention:
     def __call__(
         self, attention: Any, hidden: torch.Tensor, key_buffer: torch.Tensor, value_buffer: torch.Tensor
     ) -> torch.Tensor:
-        """Output `[b, T, hidden]` of a transformers attention module over `[b, T, hidden]`."""
+        """What a transformers attention module over `[b, T, hidden]` gives to its last projection."""
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         query, key, value = queries_keys_values(attention, hidden)
         query = rotate_and_store(
@@ -74,23 +74,7 @@ class NodeAttention:
             key_depths=self.depths,
             scale=attention.scaling,
         )
-        return attention.o_proj(attended.transpose(1, 2).flatten(2))
-
-
-def queries_keys_values(attention: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
-    """The three projections `[b, T, heads * D]`, for the target's and the draft's module."""
-    return together(
-        hidden.device,
-        lambda: attention.q_proj(hidden),
-        lambda: attention.k_proj(hidden),
-        lambda: attention.v_proj(hidden),
-    )
-
-
-def gated_mlp(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """`down(silu(gate) * up)` of `[b, T, hidden]`, for the target's and the draft's module."""
-    gate, up = together(hidden.device, lambda: mlp.gate_proj(hidden), lambda: mlp.up_proj(hidden))
-    return mlp.down_proj(silu_and_multiply(gate, up))
+        return attended.transpose(1, 2).flatten(2)
 
 
 def target_logits(
@@ -106,16 +90,18 @@ def target_logits(
     layers: list[Any] = list(decoder.layers[: decoder.config.num_hidden_layers])
     norms: list[Any] = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
     summed = decoder.embed_tokens(token_ids)
-    normed, _ = _add_norm(summed, None, layers[0].input_layernorm)
+    normed, _ = add_rms_norm(summed, None, *_norm_of(layers[0].input_layernorm))
     for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
         buffers = cache.layers[index].buffers(token_ids.shape[0])
-        attended = attend(layer.self_attn, normed, *buffers)
-        normed, summed = _add_norm(attended, summed, layer.post_attention_layernorm)
-        normed, summed = _add_norm(gated_mlp(layer.mlp, normed), summed, next_norm)
+        attention, mlp = layer.self_attn, layer.mlp
+        attended = attend(attention, normed, *buffers)
+        norm = _norm_of(layer.post_attention_layernorm)
+        normed, summed = project_add_norm(attention.o_proj, attended, summed, *norm)
+        opened = opened_gate(mlp, normed)
+        normed, summed = project_add_norm(mlp.down_proj, opened, summed, *_norm_of(next_norm))
     return target.lm_head(normed)
 
 
-def _add_norm(
-    hidden: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return add_rms_norm(hidden, residual, norm.weight, norm.variance_epsilon)  # type: ignore[arg-type]
+def _norm_of(norm: nn.Module) -> tuple[torch.Tensor, float]:
+    """Weight and epsilon of an RMS norm of transformers."""
+    return norm.weight, norm.variance_epsilon  # type: ignore[return-value]

@@ -1,0 +1,36 @@
+"""Random problems for the few-rows linear steps."""
+
+from typing import Any
+
+import torch
+from fused_cases import assert_near, randoms
+from longspec_hf_kernels.fused_linear import gated_linear_torch, linear_add_rms_norm_torch
+from longspec_hf_kernels.fused_linear_kernel import gated_linear_triton, linear_add_rms_norm_triton, linear_triton
+from longspec_hf_kernels.linear_configs import LinearConfig
+from torch.nn import functional as F
+
+EPS = 1e-5
+
+
+def linear_case(rows: int, columns: int, depth: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+    """Inputs `[1, rows, depth]`, weights that leave outputs near 1, a residual and a norm's weight."""
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    return {
+        "x": randoms(1, rows, depth, seed=0, **options),
+        "weight": randoms(columns, depth, seed=1, **options) * depth**-0.5,
+        "other": randoms(columns, depth, seed=2, **options) * depth**-0.5,
+        "residual": randoms(1, rows, columns, seed=3, **options),
+        "norm_weight": randoms(columns, seed=4, **options),
+    }
+
+
+def assert_products(case: dict[str, Any], plain: LinearConfig, gated: LinearConfig, split: LinearConfig) -> None:
+    """The three steps by these configurations are what their definitions say, computed in fp32 products."""
+    x, weight, other = case["x"], case["weight"], case["other"]
+    # Sums of thousands of terms in another order, rounded: two steps of rounding.
+    assert_near(linear_triton(x, weight, plain), F.linear(x, weight), steps=2)
+    assert_near(gated_linear_triton(x, weight, other, gated), gated_linear_torch(x, weight, other), steps=4)
+    rest = (case["residual"], case["norm_weight"], EPS)
+    got, expected = linear_add_rms_norm_triton(x, weight, *rest, split), linear_add_rms_norm_torch(x, weight, *rest)
+    for one, wanted in zip(got, expected, strict=True):
+        assert_near(one, wanted, steps=3)
