@@ -1,12 +1,13 @@
 """When a function is captured, and what becomes of one that cannot be; graphs themselves need a GPU."""
 
 import gc
+import threading
 
 import pytest
 import torch
 
 from longspec_hf.engine import capture
-from longspec_hf.engine.capture import Captured, together
+from longspec_hf.engine.capture import Captured, WarmKeys, together
 
 
 class FakeGraph:
@@ -43,6 +44,27 @@ def test_the_first_call_runs_and_the_others_replay(graphs):
     assert captured() == 2 and captured.replays  # the capture calls it once more, and keeps what it returned
     assert captured() == 2 and captured.graph.replayed == 2 and len(calls) == 2
     assert gc.isenabled()
+
+
+def test_what_has_run_before_is_captured_at_once(graphs):
+    calls = []
+    captured = Captured(lambda: calls.append(1) or len(calls), torch.device("cuda"), None, warm=True)
+    captured.prepare()
+    assert captured.replays and len(calls) == 1
+    assert captured() == 1 and captured.graph.replayed == 1 and len(calls) == 1
+
+
+def test_each_thread_has_run_what_it_has_run():
+    owner, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    WarmKeys(owner).add("key")
+    assert "key" in WarmKeys(owner) and "key" not in WarmKeys(other)
+    elsewhere = []
+    thread = threading.Thread(target=lambda: elsewhere.append("key" in WarmKeys(owner)))
+    thread.start()
+    thread.join()
+    assert elsewhere == [False]  # its streams have no workspaces yet
+    WarmKeys(owner).discard("key")
+    assert "key" not in WarmKeys(owner)
 
 
 def test_what_cannot_be_captured_runs_as_it_is(graphs, monkeypatch):

@@ -53,7 +53,9 @@ def test_captured_equals_uncaptured(dtype, sample, replays, monkeypatch):
                 out = call(model, ids, draft, do_sample=sample)
             rounds = out.speculation_stats.rounds
             halves = 2 if sample else 1
-            assert replays[0] - before == (halves * (rounds - 1) if captured else 0)
+            # The draft's very first round compiles kernels; later calls are captured at once.
+            replayed = rounds - 1 if length == 3 else rounds
+            assert replays[0] - before == (halves * replayed if captured else 0)
             texts.append(out.sequences)
         assert torch.equal(*texts)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -24,8 +25,27 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
     return known[device]
 
 
+class WarmKeys:
+    """What this thread has run before for a model: its kernels are compiled, and libraries set up for its streams."""
+
+    def __init__(self, owner: Any) -> None:
+        known = _THREAD.__dict__.setdefault("warm", weakref.WeakKeyDictionary())
+        self._keys: set[Hashable] = known.setdefault(owner, set())
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._keys
+
+    def add(self, key: Hashable) -> None:
+        """Remember `key`."""
+        self._keys.add(key)
+
+    def discard(self, key: Hashable) -> None:
+        """Forget `key`, if it is known."""
+        self._keys.discard(key)
+
+
 class Captured:
-    """A function that runs as it is at first, and as a CUDA graph from its second call on.
+    """A function that runs as it is at first, and as a CUDA graph from its second call on, or at once where it can.
 
     The first call compiles kernels and sets up libraries, which a capture must not. The function takes nothing, keeps
     what it reads and writes at fixed addresses, and never waits for the device. On other devices it is just called.
@@ -34,12 +54,14 @@ class Captured:
         function: what to run; its result is returned, and holds the same tensors after every replay.
         device: where it runs.
         pool: memory pool shared with other graphs that run in turn.
+        warm: whether such a function has run before in this thread: then it is captured at once.
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device, pool: Any) -> None:
+    def __init__(self, function: Callable[[], Any], device: torch.device, pool: Any, warm: bool = False) -> None:
         self.function = function
         self.device = device
         self.pool = pool
+        self.warm = warm
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.can_capture = device.type == "cuda"
@@ -51,8 +73,8 @@ class Captured:
         return self.graph is not None or (self.calls > 0 and not self.can_capture)
 
     def prepare(self) -> None:
-        """Capture if the next call shall be a replay."""
-        if self.calls == 0 or self.graph is not None or not self.can_capture:
+        """Capture if the next call shall be a replay and this is not done yet."""
+        if self.graph is not None or not self.can_capture or not (self.calls or self.warm):
             return
         graph = torch.cuda.CUDAGraph()
 

@@ -71,7 +71,7 @@ class DraftForward:
         count, device = state.sequences, state.roots.device
         if not tree_shape:
             return Beam.empty(count, device)
-        levels = self._levels(tree_shape, count)
+        levels = self.levels(tree_shape, count)
         tokens, parents, scores, widths = [], [], [], []
         level_ids, level_scores = state.roots, torch.zeros(count, 1, device=device)
         bits = levels[0].own_bits
@@ -92,7 +92,7 @@ class DraftForward:
             first_node = 0 if depth == 0 else first_node + widths[-2]
         return Beam(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), tuple(widths))
 
-    def _levels(self, tree_shape: tuple[int, ...], sequences: int) -> list[Level]:
+    def levels(self, tree_shape: tuple[int, ...], sequences: int) -> list[Level]:
         """What is known of each level's nodes beforehand; made once, so that captured rounds only read it."""
         key = (tree_shape, sequences)
         if key not in self.known:

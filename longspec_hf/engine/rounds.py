@@ -14,7 +14,7 @@ from ..cache import LongSpecCache
 from ..candidate_generator import LongSpecCandidateGenerator
 from ..settings import TreeSettings
 from ..tree import TokenTree
-from .capture import Captured
+from .capture import Captured, WarmKeys
 from .draft_forward import DraftForward
 from .state import RoundState
 from .target_forward import NodeAttention, target_logits
@@ -58,6 +58,7 @@ class Engine:
         self.forward = DraftForward(generator.draft, generator.bound, generator.window, cache)
         self.device = generator.draft.device
         self.pool: Any = None
+        self._warm = WarmKeys(generator.draft)
         self._graphs: dict[tuple, Captured] = {}
         self._addresses: tuple[int, ...] = ()
         self._mover: RowMover | None = None
@@ -113,14 +114,16 @@ class Engine:
             self._addresses = addresses
             self._mover = RowMover(buffers)
             self._forget_graphs()
+        self.forward.levels(settings.tree_shape, state.sequences)
         if greedy:
-            self._captured("greedy", settings).prepare()
+            self._prepare("greedy", settings)
             return
-        verify, commit = self._captured("verify", settings), self._captured("commit", settings)
-        verify.prepare()
+        self._given(settings.longest_path)
+        verify, commit = self._prepare("verify", settings), self._captured("commit", settings)
         # Without a graph the trees lie elsewhere in every round.
         commit.can_capture &= verify.can_capture
-        commit.prepare()
+        commit.warm &= verify.graph is not None
+        self._prepare("commit", settings)
 
     def greedy_round(self, settings: TreeSettings) -> tuple[list[int], list[list[int]]]:
         """A whole round; returns how many nodes were drafted for every sequence, and its new tokens."""
@@ -166,9 +169,21 @@ class Engine:
         key = (name, settings)
         if key not in self._graphs:
             functions = {"greedy": self._greedy, "verify": self._draft_and_verify, "commit": self._commit}
-            function = functions[name]
-            self._graphs[key] = Captured(lambda: function(settings), self.device, self.pool)
+            function, kind = functions[name], self._kind(name, settings)
+            self._graphs[key] = Captured(lambda: function(settings), self.device, self.pool, kind in self._warm)
+            self._warm.add(kind)
         return self._graphs[key]
+
+    def _prepare(self, name: str, settings: TreeSettings) -> Captured:
+        captured = self._captured(name, settings)
+        captured.prepare()
+        if not captured.can_capture:
+            self._warm.discard(self._kind(name, settings))
+        return captured
+
+    def _kind(self, name: str, settings: TreeSettings) -> tuple:
+        """What decides which kernels a part of a round needs, for one target and draft."""
+        return (name, settings, type(self.target), self.state.sequences, self.state.starts is None)
 
     def _greedy(self, settings: TreeSettings) -> torch.Tensor:
         """One round; `[b, 2 + P]`: nodes drafted, tokens drawn, and which."""
