@@ -65,9 +65,7 @@ def test_limits_of_the_user_hold_for_all_trees(device, level):
     assert {tree.ngram_branch_length for tree in given_at(level, device, ngram_branch_length=0).trees} == {0}
     assert max(tree.ngram_branch_length for tree in given_at(level, device, ngram_branch_length=4).trees) <= 4
     for depth in (1, 3, 5):
-        trees = resolve_tree_settings(
-            draft_with(device), GenerationConfig(num_assistant_tokens=depth)
-        ).trees
+        trees = resolve_tree_settings(draft_with(device), GenerationConfig(num_assistant_tokens=depth)).trees
         assert {tree.depth for tree in trees} <= set(range(1, depth + 1)) and max(t.depth for t in trees) == depth
     assert resolve_tree_settings(draft_with(device), GenerationConfig(num_assistant_tokens=0)).depth == 0
     assert given_at(level, device, max_tree_nodes=1).max_nodes == 1

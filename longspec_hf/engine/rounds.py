@@ -10,10 +10,10 @@ import torch
 from longspec_hf_kernels import RowMover, merge_tree
 from transformers import PreTrainedModel
 
-from ..cache import LongSpecCache
-from ..candidate_generator import LongSpecCandidateGenerator
 from ..acceptance import DraftedBeam
 from ..beam import Beam
+from ..cache import LongSpecCache
+from ..candidate_generator import LongSpecCandidateGenerator
 from ..settings import TreeSettings
 from ..tree import TokenTree
 from .capture import Captured
