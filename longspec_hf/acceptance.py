@@ -1,9 +1,9 @@
 """What trees of any depth and size would commit, from the rounds of the trees that were in use. Pure Python.
 
-A tree keeps the best-scored nodes of its beam. So for every round it is known, of each committed node, how small a tree
-would still have held it: `smallest_sizes`. [`Acceptance`] keeps decayed shares of the rounds in which a node of a depth
-was committed that a size holds. What the trees in use cannot tell, deeper and larger trees, is estimated from what they
-can, and forgotten shares return to that estimate; so a choice is looked at again after a while.
+A tree keeps the best-scored nodes of its beam. So it is known of each committed node how small a tree would still have
+held it (`outcome_of`). [`Acceptance`] keeps decayed shares of the rounds in which a node of a depth was committed that
+a size holds. What the trees in use cannot tell, deeper and larger trees, is estimated from what they can. Shares that
+are not seen any more return to that estimate, so what was given up is tried again after a while.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ DOUBT = 2.0
 FIRST_SHARE = 0.5
 """Estimate for the first node in the smallest tree, where nothing is known."""
 GAIN = 0.2
-"""Share of the misses of a size that the next one catches, where nothing is known. The shipped draft's, rounded down."""
+"""Share of the misses of a size that the next one catches, where nothing is known; low, as a try costs time."""
+NOWHERE = 10**9
 FIRST_COPY, NEXT_COPY = 0.2, 0.7
 """Estimates for the branch: that its first token is committed, and each further one."""
 
@@ -86,14 +87,13 @@ def outcome_of(
     found, node, needed = [], -1, 0
     for depth, token in enumerate(accepted, 1):
         node = children.get((node, token), -2)  # -2: no node's parent
-        order = rank = None
-        if node >= 0:
-            order = sum(score > beam.scores[node] for score in beam.scores)
-            rank = node - starts[depth - 1]
-        while needed < used and not (
-            (copied >= depth and sizes[needed].branch >= depth)
-            or (order is not None and order < budgets[needed] and rank < sizes[needed].width)
-        ):
+        # Neither fits any size where the beam has no such node.
+        order = sum(score > beam.scores[node] for score in beam.scores) if node >= 0 else NOWHERE
+        rank = node - starts[depth - 1] if node >= 0 else NOWHERE
+        while needed < used:
+            size = sizes[needed]
+            if depth <= min(copied, size.branch) or (order < budgets[needed] and rank < size.width):
+                break
             needed += 1
         found.append(needed)
     return Outcome(tuple(found), copied, copied == len(tokens) < len(branch), len(branch))
@@ -131,7 +131,7 @@ class Acceptance:
         self.has_branch = _Share()
 
     def add(self, outcomes: Sequence[Outcome], depth: int, used: int) -> None:
-        """Take note of a round of all sequences, drafted with a beam of `depth` levels and the size of index `used`."""
+        """Take note of a round, drafted with a beam of `depth` levels and the size of index `used`."""
         for share in (self.has_branch, *self.copied, *(share for row in self.beam for share in row)):
             share.decay()
         for outcome in outcomes:

@@ -100,7 +100,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
             self.capture_rounds,
         )
         if self.tree_shape != AUTO:
-            self.tree_shape = list(self.tree_shape)
+            self.tree_shape = [int(width) for width in self.tree_shape]
 
     def validate_sizes(self) -> None:
         """Check the sizes of the layer."""

@@ -143,7 +143,7 @@ class Decoder:
             self.engine.load(self._limits(), self.starts)
 
     def _make_chooser(self) -> TreeChooser:
-        """What chooses the rounds' trees. A compiled target keeps one, and so do processes, which must have the same."""
+        """What chooses the rounds' trees; compiled targets keep one, and so do processes, which must have the same."""
         device, captured = self.generator.draft.device, self.engine is not None
         keeps_one = self.target.static_shapes or self.generator.bound.parallel is not None
         context = self.cache.row_lengths[0].bit_length()

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from .configuration_longspec import AUTO, DEFAULT_TREE_SHAPE, validate_tree_settings
 from .modeling_longspec import LongSpecDraftModel
-from .tree_candidates import Candidate, TreeSize, cpu_candidates, packed_candidates, tree_sizes
+from .tree_candidates import DEPTHS, Candidate, TreeSize, cpu_candidates, packed_candidates, tree_sizes
 
 TREE_SETTINGS = (
     "tree_shape",
@@ -21,7 +21,8 @@ TREE_SETTINGS = (
     "fallback_to_plain",
     "capture_rounds",
 )
-CPU_TREE = {"tree_shape": (4, 4, 4), "max_tree_nodes": 8, "ngram_branch_length": 3}
+CPU_SHAPE = (4, 4, 4)
+CPU_TREE = {"tree_shape": CPU_SHAPE, "max_tree_nodes": 8, "ngram_branch_length": 3}
 """The tree that `tree_shape="auto"` begins with on a CPU, and keeps where nothing can be chosen during a call.
 
 There a forward's time grows with its rows from the first few on, so the nodes of the general tree cost more than the
@@ -124,22 +125,20 @@ def resolve_tree_settings(draft: LongSpecDraftModel, generation_config: Generati
     validate_tree_settings(**values)
     limit = generation_config.num_assistant_tokens
     if values["tree_shape"] == AUTO:
-        return _automatic(values, draft, limit)
+        return _automatic(values, draft, max(DEPTHS) if limit is None else max(limit, 0))
     settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     return settings if limit is None else settings.limited_to(limit)
 
 
-def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int | None) -> TreeSettings:
-    """Settings of `tree_shape="auto"`: candidates of the draft's device, beginning with its usual tree."""
+def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int) -> TreeSettings:
+    """Settings of `tree_shape="auto"`: trees no deeper than `depth`, beginning with the usual one of the device."""
     on_cpu, config = draft.device.type == "cpu", draft.config
     first = TreeSettings(**{**values, "tree_shape": DEFAULT_TREE_SHAPE})
     if on_cpu:
         nodes, branch = (min(values[name], CPU_TREE[name]) for name in ("max_tree_nodes", "ngram_branch_length"))
-        first = replace(first, tree_shape=CPU_TREE["tree_shape"], max_tree_nodes=nodes, ngram_branch_length=branch)
-    if depth is not None:
-        first = first.limited_to(depth)
-    longest = values["ngram_branch_length"] if depth is None else min(values["ngram_branch_length"], max(depth, 0))
-    sizes = tree_sizes(values["max_tree_nodes"], longest)
+        first = replace(first, tree_shape=CPU_SHAPE, max_tree_nodes=nodes, ngram_branch_length=branch)
+    first = first.limited_to(depth)
+    sizes = tree_sizes(values["max_tree_nodes"], min(values["ngram_branch_length"], depth))
     if on_cpu:
         candidates = cpu_candidates(sizes, depth)
     else:

@@ -60,12 +60,12 @@ def tree_sizes(max_nodes: int, max_branch: int) -> tuple[TreeSize, ...]:
     return tuple(TreeSize(size.nodes, size.width, min(size.branch, max_branch)) for size in fitting)
 
 
-def cpu_candidates(sizes: Sequence[TreeSize], depth: int | None) -> list[Candidate]:
+def cpu_candidates(sizes: Sequence[TreeSize], depth: int) -> list[Candidate]:
     """Trees for devices where every node costs: narrow ones, and branches alone.
 
     Args:
         sizes: from `tree_sizes`.
-        depth: deepest beam, `None` for any.
+        depth: deepest beam.
     """
     trees = [
         Candidate(_shape(levels, size.width), index, size.nodes, size.branch)
@@ -77,7 +77,7 @@ def cpu_candidates(sizes: Sequence[TreeSize], depth: int | None) -> list[Candida
     return [Candidate((), 0, 1 + branch, branch) for branch in branches] + trees
 
 
-def packed_candidates(sizes: Sequence[TreeSize], depth: int | None, heads_per_kv_head: int) -> list[Candidate]:
+def packed_candidates(sizes: Sequence[TreeSize], depth: int, heads_per_kv_head: int) -> list[Candidate]:
     """Trees for devices where nodes are nearly free: of 16 nodes or more, filled to the last.
 
     Sizes whose packed rows (`heads_per_kv_head * nodes`) are no multiple of 64 are left out, if there are others.
@@ -92,10 +92,8 @@ def packed_candidates(sizes: Sequence[TreeSize], depth: int | None, heads_per_kv
     ]
 
 
-def _depths(depth: int | None) -> list[int]:
-    """Depths of the beam up to `depth`, which is one of them."""
-    if depth is None:
-        return list(DEPTHS)
+def _depths(depth: int) -> list[int]:
+    """Depths of the beam up to `depth`, which is one of them where it is no more than the last."""
     return sorted({min(levels, depth) for levels in DEPTHS} - {0})
 
 

@@ -12,7 +12,7 @@ from longspec_hf.tree_candidates import MOST_BEAM_NODES, cpu_candidates, packed_
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 7, 8, 12, 16])
 @pytest.mark.parametrize("branch", [0, 4, 8])
-@pytest.mark.parametrize("depth", [None, 1, 2, 4, 20])
+@pytest.mark.parametrize("depth", [1, 2, 4, 7, 8, 20])
 def test_packed_rows_are_a_multiple_of_64(heads, branch, depth):
     trees = packed_candidates(tree_sizes(64, branch), depth, heads)
     for tree in trees:
@@ -24,19 +24,19 @@ def test_packed_rows_are_a_multiple_of_64(heads, branch, depth):
 
 
 def test_where_no_size_is_packed_the_largest_are_taken():
-    assert {tree.nodes for tree in packed_candidates(tree_sizes(40, 8), None, 7)} == {16, 32}
-    assert {tree.nodes for tree in packed_candidates(tree_sizes(9, 8), None, 7)} == {8}
+    assert {tree.nodes for tree in packed_candidates(tree_sizes(40, 8), 8, 7)} == {16, 32}
+    assert {tree.nodes for tree in packed_candidates(tree_sizes(9, 8), 8, 7)} == {8}
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 9, 33, 64, 500])
 def test_trees_for_cpus_stay_within_their_nodes(limit):
-    for tree in cpu_candidates(tree_sizes(limit, 8), None):
+    for tree in cpu_candidates(tree_sizes(limit, 8), 8):
         assert tree.nodes <= limit and len(tree.shape) < tree.nodes and tree.branch < tree.nodes
         assert tree.shape or tree.branch, "a round without a draft is a plain step"
 
 
 def test_the_draft_expands_no_more_than_a_word_of_bits_holds():
-    for tree in [*cpu_candidates(tree_sizes(64, 8), None), *packed_candidates(tree_sizes(64, 8), None, 4)]:
+    for tree in [*cpu_candidates(tree_sizes(64, 8), 8), *packed_candidates(tree_sizes(64, 8), 8, 4)]:
         assert 1 + sum(tree.shape[:-1]) <= MOST_BEAM_NODES
 
 

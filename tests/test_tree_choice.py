@@ -84,16 +84,18 @@ CHANCES = {
 @pytest.mark.parametrize("name", CHANCES)
 @pytest.mark.parametrize("slower", [1.0, 3.0], ids=["usual", "dear nodes"])
 def test_the_best_tree_is_found(device, name, slower):
-    """Within an eighth of the best fixed tree's speed, without being told what rounds really take."""
+    """Within a tenth of the best fixed tree's speed, without being told what rounds really take."""
     known, captured = (CPU, False) if device == "cpu" else (GPU, True)
     usual = UsualCosts([(rows, slower * cost) for rows, cost in known.rows], known.level)
     text = Text(CHANCES[name], usual, captured)
     chooser = TreeChooser(settings_on(device), RoundCost(known), captured)
     chooser.add_setup(0.0)
     _, speeds = text.best(chooser.trees.values())
+    for _ in range(2):
+        chooser.add_plain(1, STEP)
     text.decode(chooser, 100)
     reached = [speeds[text.decode(chooser, 4)] for _ in range(100)]
-    assert sum(reached) / len(reached) > 0.88 * max(speeds.values())
+    assert sum(reached) / len(reached) > 0.9 * max(speeds.values())
 
 
 @pytest.mark.parametrize("captured", [False, True])

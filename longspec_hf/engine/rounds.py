@@ -184,7 +184,7 @@ class Engine:
         return self._graphs[key]
 
     def _greedy(self, settings: TreeSettings) -> torch.Tensor:
-        """One round; `[b, 2 + P]`: nodes drafted, tokens drawn, and which; behind them the beam, to choose trees by."""
+        """One round; `[b, 2 + P]`: nodes drafted, tokens drawn, and which. The beam follows where trees are chosen."""
         drafted = self.draft(settings)
         walked = self.walk(drafted, self.verify(drafted), settings)
         self.commit_paths(drafted, *walked)
