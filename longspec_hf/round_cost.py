@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DECAY = 0.97
-"""Of a time's weight from one to the next: contexts grow, and other work on the machine comes and goes."""
-PULL = 0.05
+"""Of a time's weight with each later one of its kind: contexts grow, and other work on the machine comes and goes."""
+SLOW_DECAY = 0.998
+"""Of a time's weight with each one of other kinds, which say nothing against it."""
+PULL = 0.02
 """Weight of the look-up, in rounds."""
 REMEMBERED = 8.0
 """Rounds that what is known from earlier calls counts as, at most."""
@@ -76,6 +78,19 @@ class Times:
     products: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
     seconds: list[float] = field(default_factory=lambda: [0.0] * 3)
 
+    def add(self, parts: Sequence[float], seconds: float) -> None:
+        """Take note of a time, and forget as much of what is known of such parts, and little of the rest."""
+        known = [_dot(row, parts) for row in self.products]
+        # Directional forgetting: the solution stays as it is, and what is orthogonal to `parts` keeps its weight.
+        share = (1.0 - DECAY) / strength if (strength := _dot(known, parts)) > 0.0 else 0.0
+        told = _dot(self.seconds, parts)
+        for i in range(3):
+            self.seconds[i] = SLOW_DECAY * (self.seconds[i] - share * known[i] * told) + parts[i] * seconds
+            for j in range(3):
+                kept = self.products[i][j] - share * known[i] * known[j]
+                self.products[i][j] = SLOW_DECAY * kept + parts[i] * parts[j]
+        self.weight = DECAY * self.weight + 1.0
+
     def scaled(self, factor: float) -> Times:
         """The same at another weight."""
         return Times(
@@ -108,13 +123,7 @@ class RoundCost:
         expected = self.seconds(nodes, shape, sequences)
         if self.times.weight >= 1.0:
             seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
-        parts = self.usual.parts(nodes, shape, sequences)
-        self.times = self.times.scaled(DECAY)
-        self.times.weight += 1.0
-        for i in range(3):
-            self.times.seconds[i] += parts[i] * seconds
-            for j in range(3):
-                self.times.products[i][j] += parts[i] * parts[j]
+        self.times.add(self.usual.parts(nodes, shape, sequences), seconds)
         self._factors = self._fit()
 
     def _fit(self) -> list[float]:

@@ -19,7 +19,7 @@ ROUNDS_A_TREE = 4
 """Rounds that a tree is kept at least."""
 CAPTURED_ROUNDS_A_TREE = 16
 """The same where rounds are captured, and a tree's first two are slow."""
-CAPTURED_ROUNDS_A_LOOK = 3
+CAPTURED_ROUNDS_A_LOOK = 4
 """Of so many captured rounds one is looked at, which costs the host a tenth of a millisecond."""
 SHARE_LEFT = 0.5
 """Part of the tokens left to `max_length` that a call is taken to use: it may end before."""

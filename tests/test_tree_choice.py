@@ -84,7 +84,7 @@ CHANCES = {
 @pytest.mark.parametrize("name", CHANCES)
 @pytest.mark.parametrize("slower", [1.0, 3.0], ids=["usual", "dear nodes"])
 def test_the_best_tree_is_found(device, name, slower):
-    """Within a tenth of the best fixed tree's speed, without being told what rounds really take."""
+    """Within an eighth of the best fixed tree's speed, without being told what rounds really take."""
     known, captured = (CPU, False) if device == "cpu" else (GPU, True)
     usual = UsualCosts([(rows, slower * cost) for rows, cost in known.rows], known.level)
     text = Text(CHANCES[name], usual, captured)
@@ -95,7 +95,7 @@ def test_the_best_tree_is_found(device, name, slower):
         chooser.add_plain(1, STEP)
     text.decode(chooser, 100)
     reached = [speeds[text.decode(chooser, 4)] for _ in range(100)]
-    assert sum(reached) / len(reached) > 0.9 * max(speeds.values())
+    assert sum(reached) / len(reached) > 0.87 * max(speeds.values())
 
 
 @pytest.mark.parametrize("captured", [False, True])

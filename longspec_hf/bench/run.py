@@ -115,8 +115,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedMode
 def measure_rounds(
     args: argparse.Namespace, target: PreTrainedModel, draft: LongSpecDraftModel, rate: float
 ) -> list[dict[str, Any]]:
-    """Rows of the table of rounds: the pair's tree and the root alone, at every context and batch."""
-    settings = resolve_tree_settings(draft, target.generation_config)
+    """Rows of the table of rounds: the tree a call begins with and the root alone, at every context and batch."""
+    settings = resolve_tree_settings(draft, target.generation_config).of_tree(None)
     rows = []
     for context in args.contexts:
         for sequences in args.batch:

@@ -71,7 +71,12 @@ def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
 
 
 def _shape_part(text: str) -> int | str:
-    return text if text == AUTO else int(text)
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected auto or numbers, got {text!r}") from None
 
 
 class _TreeShape(argparse.Action):
