@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the random stream, reset before each way")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; PyTorch's choice by default")
     parser.add_argument(
-        "--tree-shape", type=int, nargs="*", default=None, help="nodes per depth; the device's default"
+        "--tree-shape", type=int, nargs="*", default=None, help="nodes per depth; by default chosen during a call"
     )
     parser.add_argument("--max-tree-nodes", type=int, default=None, help="nodes verified a round, the root included")
     parser.add_argument(

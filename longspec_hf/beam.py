@@ -29,6 +29,11 @@ class Beam:
         """`[B, N]` depth of each node, 1 for the root's children."""
         return level_depths(self.token_ids, self.widths)
 
+    def as_integers(self) -> torch.Tensor:
+        """`[B, 3 N]`: tokens, parents and scores in millionths, for one read by the host."""
+        scores = (self.scores.float().clamp(min=-1e9) * 1e6).long()
+        return torch.cat([self.token_ids, self.parents, scores], dim=1)
+
     @staticmethod
     def empty(batch_size: int, device: torch.device) -> Beam:
         """A beam without nodes."""

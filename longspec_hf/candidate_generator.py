@@ -11,6 +11,7 @@ from longspec_hf_kernels import hybrid_tree_attention, pack_ancestor_bits
 from transformers import Cache
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from .acceptance import DraftedBeam
 from .beam import Beam, best_children, children_visibility
 from .cache import LongSpecCache
 from .draft_window import DraftWindow
@@ -49,6 +50,11 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         settings: tree settings of the call.
         sequences: sequences of the batch. Those that go on come first (`swap`).
         chain_cache, chain_max_length: only for `get_candidates`: the target's cache and the longest sequence.
+
+    Attributes:
+        longest_branch: tokens that the branch of any tree of the call can have.
+        branches: of the last round, per sequence what the context continued with, up to `longest_branch` tokens.
+        beam: of the last tree that `propose` drafted.
     """
 
     def __init__(
@@ -66,12 +72,13 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         self.chain_cache = chain_cache
         self.chain_max_length = chain_max_length
         self.rows = [DraftedSequence(NgramIndex(settings.ngram_min_match)) for _ in range(sequences)]
-        # Only nodes that are expanded have K/V: the root and all levels but the last. A path's may come at once.
-        tree_rows = max(1 + sum(settings.tree_shape[:-1]), 1 + settings.depth)
+        self.longest_branch = max(tree.ngram_branch_length for tree in settings.trees)
+        self.branches: list[list[int]] = [[] for _ in range(sequences)]
+        self.beam: Beam | None = None
         config = draft.config
         self.window = DraftWindow(
             config.sliding_window,
-            tree_rows,
+            max(tree.draft_rows for tree in settings.trees),
             (sequences, config.num_key_value_heads, config.head_dim),
             draft.dtype,
             draft.device,
@@ -142,6 +149,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         max_depths: Sequence[int],
         starts: torch.Tensor | None = None,
         static_shape: bool = False,
+        settings: TreeSettings | None = None,
     ) -> TokenTree:
         """Draft the next tree of the first `len(max_depths)` sequences.
 
@@ -150,16 +158,19 @@ class LongSpecCandidateGenerator(CandidateGenerator):
             max_depths: per sequence, no node deeper than this.
             starts: int32, first cache row of each sequence that is not padding.
             static_shape: give every tree the most nodes the settings allow, unused ones included.
+            settings: of this round; by default the call's.
         """
         count = len(max_depths)
-        settings = self.settings if static_shape else self.settings.limited_to(max(max_depths))
+        whole = settings or self.settings
+        settings = whole if static_shape else whole.limited_to(max(max_depths))
         rows = self.rows[:count]
         device = self.draft.device
         self._flush(rows)
         root = torch.tensor([[row.root] for row in rows], device=device)
         limits = torch.tensor(max_depths, device=device).unsqueeze(1)
         beam = self._beam(root, limits, cache, None if starts is None else starts[:count], settings)
-        copied = [row.index.continuation(settings.ngram_branch_length) for row in rows]
+        self.beam = beam
+        copied = self.copy_branches(count, settings.ngram_branch_length)
         longest = settings.ngram_branch_length if static_shape else max(map(len, copied))
         branch = [[*tokens, *[-1] * (longest - len(tokens))] for tokens in copied]
         tree = merge(
@@ -172,6 +183,16 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         if self.bound.parallel is not None:  # all processes must verify the same tree
             tree = TokenTree(*self.bound.parallel.agree([tree.token_ids, tree.parents, tree.depths, tree.valid]))
         return tree if static_shape else tree.trim()
+
+    def drafted_beams(self) -> list[DraftedBeam]:
+        """The sequences' beams that `propose` drafted last, on the host."""
+        assert self.beam is not None
+        return [DraftedBeam.of_integers(row, self.beam.widths) for row in self.beam.as_integers().tolist()]
+
+    def copy_branches(self, sequences: int, length: int) -> list[list[int]]:
+        """What the context continues the first sequences with, up to `length` tokens each."""
+        self.branches = [row.index.continuation(self.longest_branch) for row in self.rows[:sequences]]
+        return [branch[:length] for branch in self.branches]
 
     def _flush(self, rows: Sequence[DraftedSequence]) -> None:
         """Project the committed tokens before the roots into the window."""
@@ -291,7 +312,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         return torch.cat([input_ids, chain], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Nothing to update: the tree's shape is fixed for a call."""
+        """Nothing to update: a chain's tree is fixed for a call."""
 
 
 @dataclass(frozen=True)

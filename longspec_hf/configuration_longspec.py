@@ -7,7 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+AUTO = "auto"
 DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
+"""Where "auto" begins on devices that verify many nodes at little more than the cost of one."""
 CONVERSION_HINT = (
     "A draft in the layout of the published `sail/longspec-*` checkpoints must be converted first, by "
     "`longspec-hf convert` or `longspec_hf.convert_checkpoint`."
@@ -34,8 +36,9 @@ class LongSpecDraftConfig(PreTrainedConfig):
         draft_vocab_size: number of tokens the draft may propose; `None` means all. The names of the tokens are the
             model's buffer `draft_token_ids`.
         tree_shape: nodes kept at each depth of the beam, `tree_shape[0]` children of the root first. Empty means no
-            beam: only the n-gram branch drafts.
-        max_tree_nodes: nodes verified in one target forward, the root included.
+            beam: only the n-gram branch drafts. "auto": the tree that promises the most tokens a second, by the
+            device and by what is accepted during a call.
+        max_tree_nodes: nodes verified in one target forward, the root included; with "auto" the most there may be.
         ngram_branch_length: longest branch copied from the context, in tokens; 0 turns the branch off.
         ngram_min_match: shortest run of tokens that must have occurred before for a branch to be copied.
         recheck_near_ties: whether greedy decoding decides positions whose two best scores nearly tie by a one-token
@@ -65,7 +68,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
     target_layer_idx: int = -1
     use_target_final_norm: bool = True
     draft_vocab_size: int | None = None
-    tree_shape: list[int] = None  # type: ignore[assignment]  # filled below
+    tree_shape: list[int] | str = AUTO
     max_tree_nodes: int = 64
     ngram_branch_length: int = 8
     ngram_min_match: int = 2
@@ -83,7 +86,8 @@ class LongSpecDraftConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        self.tree_shape = list(DEFAULT_TREE_SHAPE if self.tree_shape is None else self.tree_shape)
+        if self.tree_shape is None:
+            self.tree_shape = AUTO
         super().__post_init__(**kwargs)
         self.validate_sizes()
         validate_tree_settings(
@@ -95,6 +99,8 @@ class LongSpecDraftConfig(PreTrainedConfig):
             self.fallback_to_plain,
             self.capture_rounds,
         )
+        if self.tree_shape != AUTO:
+            self.tree_shape = [int(width) for width in self.tree_shape]
 
     def validate_sizes(self) -> None:
         """Check the sizes of the layer."""
@@ -172,7 +178,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
 
 
 def validate_tree_settings(
-    tree_shape: list[int],
+    tree_shape: list[int] | str,
     max_tree_nodes: int,
     ngram_branch_length: int,
     ngram_min_match: int,
@@ -181,9 +187,11 @@ def validate_tree_settings(
     capture_rounds: bool = True,
 ) -> None:
     """Check the settings of the token tree; raises a ValueError that names the setting."""
-    if isinstance(tree_shape, (str, bytes)) or not hasattr(tree_shape, "__iter__"):
-        raise ValueError(f"`tree_shape` must be a list of integers, got {tree_shape!r}, for example [4, 16, 16].")
-    for width in tree_shape:
+    if tree_shape != AUTO and (isinstance(tree_shape, (str, bytes)) or not hasattr(tree_shape, "__iter__")):
+        raise ValueError(
+            f'`tree_shape` must be "auto" or a list of integers, got {tree_shape!r}. Use for example [4, 16, 16].'
+        )
+    for width in () if tree_shape == AUTO else tree_shape:
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise ValueError(
                 f"`tree_shape` must hold integers of at least 1, got {list(tree_shape)!r}. An empty list turns the "

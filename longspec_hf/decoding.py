@@ -8,15 +8,19 @@ from typing import Protocol
 
 import torch
 
+from .acceptance import Outcome
+from .block import Block
 from .cache import LongSpecCache
 from .candidate_generator import LongSpecCandidateGenerator
 from .engine import Engine
 from .pacing import ENGINE_CERTAIN, ENGINE_PATIENCE, Pacer
 from .prompts import Prompts
+from .round_cost import PairTimes, RoundCost, usual_costs
 from .settings import TreeSettings
 from .stats import SpeculationStats
 from .text import HARD_TIE_ULPS, TokenDrawer
 from .tree import TokenTree
+from .tree_choice import TreeChooser
 from .verification import Draw, walk
 
 
@@ -59,6 +63,7 @@ class Decoder:
         prompts: the prompts.
         max_length: longest text, prompt included. No tree reaches past it.
         make_engine: gives, after the prefill, what runs the rounds on the device, or `None` and why nothing can.
+        known: what earlier calls of the pair learnt of the times of rounds.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Decoder:
         prompts: Prompts,
         max_length: int,
         make_engine: Callable[[], tuple[Engine | None, str | None]] = lambda: (None, None),
+        known: PairTimes | None = None,
     ) -> None:
         self.target = target
         self.generator = generator
@@ -83,6 +89,7 @@ class Decoder:
         self.stats = SpeculationStats()
         self.active = len(self.drawers)
         self.make_engine = make_engine
+        self.known = known
         self.engine: Engine | None = None
         self._swaps: list[tuple[int, int]] = []
         self._exact_rows = 0
@@ -96,6 +103,8 @@ class Decoder:
             while self.active:
                 self._step()
             self.stats.decode_seconds = time.perf_counter() - began
+            if self.known is not None and not self.trees.fixed:
+                self.known.remember(self._kind, self.trees.cost.times)
             self._restore_order()
             self.cache.end_rounds()
         except BaseException:
@@ -128,31 +137,53 @@ class Decoder:
         if self.engine is not None:
             certain = ENGINE_CERTAIN if self._is_greedy() else float("inf")
             self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, certain)
+        self.trees = self._make_chooser()
         self._retire([stopped for _, stopped in drawn])
         if self.engine is not None and self.active:
             self.engine.load(self._limits(), self.starts)
 
+    def _make_chooser(self) -> TreeChooser:
+        """What chooses the rounds' trees; compiled targets keep one, and so do processes, which must have the same."""
+        device, captured = self.generator.draft.device, self.engine is not None
+        keeps_one = self.target.static_shapes or self.generator.bound.parallel is not None
+        context = self.cache.row_lengths[0].bit_length()
+        self._kind = (str(device), captured, self.active, context, torch.get_num_threads())
+        known = None if self.known is None else self.known.recall(self._kind)
+        settings = self.settings.of_tree(None) if keeps_one else self.settings
+        return TreeChooser(settings, RoundCost(usual_costs(device.type), known), captured)
+
     def _step(self) -> None:
         """One forward of the target and what belongs to it."""
-        sequences, speculates = self.active, self.pacer.speculates()
-        settings = self.settings if speculates else self.settings.limited_to(0)
-        usual = True
+        sequences, speculates, limits = self.active, self.pacer.speculates(), self._limits()
+        settings = self.trees.choose(max(limits), sequences) if speculates else self.settings.limited_to(0)
+        usual, prepared = True, time.perf_counter()
         if self.engine is not None:
             greedy = self._is_greedy()
             self.engine.prepare(settings, greedy)
             usual = self.engine.replays(settings, greedy)
-        began = time.perf_counter()
+        began, block = time.perf_counter(), None
         if self.engine is not None:
-            committed, full = self._engine_round(self.engine, settings)
+            block = self._engine_round(self.engine, settings, limits)
         elif speculates:
-            committed, full = self._round()
+            block = self._round(settings, limits)
         else:
             self._plain_step()
         seconds = self._seconds_since(began) if usual else None
-        if speculates:
-            self.pacer.add_round(seconds, committed / sequences, full)
-        else:
+        if block is None or not speculates:
             self.pacer.add_plain(seconds)
+            self.trees.add_plain(sequences, seconds)
+            return
+        if not usual:
+            self.trees.add_setup(time.perf_counter() - prepared)
+        self.pacer.add_round(seconds, sum(map(len, block.tokens)) / sequences, block.full)
+        self.trees.add_round(self._outcomes(block), block.nodes, sequences, seconds)
+
+    def _outcomes(self, block: Block) -> list[Outcome]:
+        """What a round says of other trees, by those of its sequences that neither length nor end cut short."""
+        if not self.trees.looks or all(block.cut):
+            return []
+        rows = zip(block.beams(), self.generator.branches, block.tokens, block.cut, strict=False)
+        return [self.trees.outcome(beam, branch, tokens) for beam, branch, tokens, cut in rows if not cut]
 
     def _seconds_since(self, began: float) -> float:
         seconds, parallel = time.perf_counter() - began, self.generator.bound.parallel
@@ -168,9 +199,9 @@ class Decoder:
     def _is_greedy(self) -> bool:
         return all(drawer.is_plain_argmax for drawer in self.drawers[: self.active])
 
-    def _engine_round(self, engine: Engine, settings: TreeSettings) -> tuple[int, bool]:
+    def _engine_round(self, engine: Engine, settings: TreeSettings, limits: list[int]) -> Block:
         """`_round` on the device; a plain step where the settings allow the root alone."""
-        limits, drawers = self._limits(), self.drawers[: self.active]
+        drawers = self.drawers[: self.active]
         if self._is_greedy():
             drafted, proposed = engine.greedy_round(settings)
             tokens, stopped = map(list, zip(*map(TokenDrawer.commit_all, drawers, proposed), strict=True))
@@ -185,19 +216,17 @@ class Decoder:
         self.cache.set_lengths([old + new for old, new in zip(self.cache.row_lengths, counts, strict=False)])
         self.generator.append(tokens, projected=True)
         if settings.depth:
-            self.stats.add_round(drafted, counts)
+            self.stats.add_round(drafted, counts, settings.name)
         else:
             self.stats.add_plain_step(self.active)
         self._retire(stopped)
         if any(stopped) and self.active:
             engine.load(self._limits(), self.starts)
-        depths = [settings.limited_to(limit).depth for limit in limits]
-        return sum(counts), all(n > d or s for n, d, s in zip(counts, depths, stopped, strict=True))
+        return Block(settings, tokens, stopped, limits, settings.max_nodes, lambda: engine.beams(settings))
 
-    def _round(self) -> tuple[int, bool]:
-        """Draft, verify, walk, commit; returns the tokens committed and whether all trees were used to the end."""
-        limits = self._limits()
-        tree = self.generator.propose(self.cache, limits, self.starts, self.target.static_shapes)
+    def _round(self, settings: TreeSettings, limits: list[int]) -> Block:
+        """Draft, verify, walk, commit."""
+        tree = self.generator.propose(self.cache, limits, self.starts, self.target.static_shapes, settings)
         logits = self.target.verify(tree, self.generator.root_positions(self.active))
         paths = tree.path_lists()
         walks = [
@@ -211,10 +240,9 @@ class Decoder:
             token, stopped[0] = self._decide_again(tokens[0])
             tokens[0].append(token)
         self.generator.append(tokens)
-        self.stats.add_round([len(ids) - 1 for ids, _ in paths], list(map(len, tokens)))
+        self.stats.add_round([len(ids) - 1 for ids, _ in paths], list(map(len, tokens)), settings.name)
         self._retire(stopped)
-        depths = [self.settings.limited_to(limit).depth for limit in limits]
-        return sum(map(len, tokens)), all(len(t) > d or s for t, d, s in zip(tokens, depths, stopped, strict=True))
+        return Block(settings, tokens, stopped, limits, tree.num_nodes, self.generator.drafted_beams)
 
     def _plain_step(self) -> None:
         sequences = self.active

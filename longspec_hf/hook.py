@@ -44,6 +44,7 @@ from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
 from .placement import draft_device
 from .prompts import read_prompts
+from .round_cost import PairTimes
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
 from .takeover import hand_back, prepare_cache
@@ -202,8 +203,9 @@ def _longspec_decoding(
 
     given: Cache = model_kwargs[CACHE_ARG]
     rows = max(prompts.positions.shape[1], given.get_seq_length() + input_ids.shape[1])
-    needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + settings.max_nodes
-    cache = prepare_cache(target, given, needed, rows + settings.max_nodes + GROWTH_ROWS)
+    nodes = max(tree.max_nodes for tree in settings.trees)
+    needed = rows + generation_config.max_length - input_ids.shape[1] - 1 + nodes
+    cache = prepare_cache(target, given, needed, rows + nodes + GROWTH_ROWS)
     cache.may_step_back = settings.recheck_near_ties
     model_kwargs[CACHE_ARG] = cache
     generator = LongSpecCandidateGenerator(few_rows_view(draft), bound, settings, input_ids.shape[0])
@@ -220,7 +222,8 @@ def _longspec_decoding(
     ]
     runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, prompts.starts)
     engine = functools.partial(make_engine, target, generator, cache, runner.hidden_states is not None)
-    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, engine).run()
+    known = PairTimes(target, draft)
+    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, engine, known).run()
     if streamer is not None:
         streamer.end()
     if given is not cache and getattr(given, "_is_user_defined", False):

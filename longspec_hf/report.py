@@ -39,6 +39,9 @@ def describe(stats: SpeculationStats, prompt_tokens: int, seconds: float) -> str
     if stats.rounds:
         depths = " ".join(map(str, stats.accepted_per_depth)) or "none"
         lines.append(f"tau {stats.tau:.2f}; {stats.rounds} rounds, accepted per depth: {depths}")
+    if len(stats.rounds_by_tree) > 1:
+        trees = "; ".join(f"{name}: {rounds}" for name, rounds in stats.rounds_by_tree.items())
+        lines.append(f"rounds by tree: {trees}")
     if stats.fallback_reason is not None:
         lines.append(f"without speculation: {stats.fallback_reason}")
     return "\n".join(lines)

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .configuration_longspec import DEFAULT_TREE_SHAPE, LongSpecDraftConfig, validate_tree_settings
+from .configuration_longspec import AUTO, DEFAULT_TREE_SHAPE, validate_tree_settings
 from .modeling_longspec import LongSpecDraftModel
+from .tree_candidates import DEPTHS, Candidate, TreeSize, cpu_candidates, packed_candidates, tree_sizes
 
 TREE_SETTINGS = (
     "tree_shape",
@@ -20,17 +21,31 @@ TREE_SETTINGS = (
     "fallback_to_plain",
     "capture_rounds",
 )
-CPU_TREE = {"tree_shape": (4, 4, 4), "max_tree_nodes": 8, "ngram_branch_length": 3}
-"""The tree on a CPU where nobody has chosen one.
+CPU_SHAPE = (4, 4, 4)
+CPU_TREE = {"tree_shape": CPU_SHAPE, "max_tree_nodes": 8, "ngram_branch_length": 3}
+"""The tree that `tree_shape="auto"` begins with on a CPU, and keeps where nothing can be chosen during a call.
 
-There a forward's time grows with its rows from about 8 on, so the nodes of the general tree cost more than the tokens
-they add.
+There a forward's time grows with its rows from the first few on, so the nodes of the general tree cost more than the
+tokens they add.
 """
 
 
 @dataclass(frozen=True)
+class TreeChoices:
+    """What `tree_shape="auto"` chooses among.
+
+    Attributes:
+        sizes: smallest first.
+        candidates: the trees.
+    """
+
+    sizes: tuple[TreeSize, ...]
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
 class TreeSettings:
-    """See [`LongSpecDraftConfig`] for the fields."""
+    """See [`LongSpecDraftConfig`] for the fields. With `choices` this is the tree that a call begins with."""
 
     tree_shape: tuple[int, ...]
     max_tree_nodes: int
@@ -39,6 +54,25 @@ class TreeSettings:
     recheck_near_ties: bool = False
     fallback_to_plain: bool = True
     capture_rounds: bool = True
+    choices: TreeChoices | None = None
+
+    @property
+    def trees(self) -> tuple[TreeSettings, ...]:
+        """All trees that rounds of the call may have."""
+        candidates: tuple[Candidate | None, ...] = (None,) if self.choices is None else self.choices.candidates
+        return tuple(self.of_tree(candidate) for candidate in candidates)
+
+    def of_tree(self, candidate: Candidate | None) -> TreeSettings:
+        """These settings with the tree of a candidate, or with their own, and nothing left to choose."""
+        if candidate is None:
+            return replace(self, choices=None)
+        return replace(
+            self,
+            tree_shape=candidate.shape,
+            max_tree_nodes=candidate.nodes,
+            ngram_branch_length=candidate.branch,
+            choices=None,
+        )
 
     @property
     def max_nodes(self) -> int:
@@ -55,6 +89,18 @@ class TreeSettings:
         """Most nodes a path can have, the root included."""
         return min(self.depth + 1, self.max_nodes)
 
+    @property
+    def draft_rows(self) -> int:
+        """Most K/V rows that drafting and committing a tree of these settings puts behind the draft's window."""
+        # Only nodes that are expanded have K/V: the root and all levels but the last. A path's may come at once.
+        return max(1 + sum(self.tree_shape[:-1]), 1 + self.depth)
+
+    @property
+    def name(self) -> str:
+        """The tree in words."""
+        beam = "-".join(map(str, self.tree_shape)) or "no beam"
+        return f"{beam}, {self.max_nodes} nodes"
+
     def limited_to(self, depth: int) -> TreeSettings:
         """The same settings with no node deeper than `depth`."""
         depth = max(0, depth)
@@ -62,6 +108,7 @@ class TreeSettings:
             self,
             tree_shape=self.tree_shape[:depth],
             ngram_branch_length=min(self.ngram_branch_length, depth),
+            choices=None,
         )
 
 
@@ -71,15 +118,39 @@ def resolve_tree_settings(draft: LongSpecDraftModel, generation_config: Generati
     Raises:
         ValueError: a setting is out of range; the message names it.
     """
-    chosen = {name: _chosen(name, draft, generation_config) for name in TREE_SETTINGS}
-    defaults = {name: getattr(draft.config, name) for name in TREE_SETTINGS}
-    if draft.device.type == "cpu" and all(_untouched(name, draft, chosen[name]) for name in CPU_TREE):
-        defaults |= CPU_TREE
-    values = {name: defaults[name] if value is None else value for name, value in chosen.items()}
+    values: dict[str, Any] = {}
+    for name in TREE_SETTINGS:
+        chosen = _chosen(name, draft, generation_config)
+        values[name] = getattr(draft.config, name) if chosen is None else chosen
     validate_tree_settings(**values)
-    settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     limit = generation_config.num_assistant_tokens
+    if values["tree_shape"] == AUTO:
+        return _automatic(values, draft, max(DEPTHS) if limit is None else max(limit, 0))
+    settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     return settings if limit is None else settings.limited_to(limit)
+
+
+def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int) -> TreeSettings:
+    """Settings of `tree_shape="auto"`: trees no deeper than `depth`, beginning with the usual one of the device."""
+    on_cpu, config = draft.device.type == "cpu", draft.config
+    first = TreeSettings(**{**values, "tree_shape": DEFAULT_TREE_SHAPE})
+    if on_cpu:
+        nodes, branch = (min(values[name], CPU_TREE[name]) for name in ("max_tree_nodes", "ngram_branch_length"))
+        first = replace(first, tree_shape=CPU_SHAPE, max_tree_nodes=nodes, ngram_branch_length=branch)
+    first = first.limited_to(depth)
+    sizes = tree_sizes(values["max_tree_nodes"], min(values["ngram_branch_length"], depth))
+    if on_cpu:
+        candidates = cpu_candidates(sizes, depth)
+    else:
+        candidates = packed_candidates(sizes, depth, config.num_attention_heads // config.num_key_value_heads)
+    if len(candidates) < 2:
+        return first
+    start = min(candidates, key=lambda tree: _distance(tree, first))
+    return replace(first.of_tree(start), choices=TreeChoices(sizes, tuple(candidates)))
+
+
+def _distance(tree: Candidate, first: TreeSettings) -> tuple[int, int]:
+    return abs(tree.nodes - first.max_tree_nodes), abs(len(tree.shape) - len(first.tree_shape))
 
 
 def _chosen(name: str, draft: LongSpecDraftModel, generation_config: GenerationConfig) -> Any:
@@ -88,12 +159,6 @@ def _chosen(name: str, draft: LongSpecDraftModel, generation_config: GenerationC
     if value is None and draft.generation_config is not None:
         value = getattr(draft.generation_config, name, None)
     return value
-
-
-def _untouched(name: str, draft: LongSpecDraftModel, value: Any) -> bool:
-    """Whether neither the call nor the draft says anything else than the general default."""
-    default = getattr(LongSpecDraftConfig, name)
-    return value is None and getattr(draft.config, name) == (list(DEFAULT_TREE_SHAPE) if default is None else default)
 
 
 def with_tree_settings(generation_config: GenerationConfig, **settings: Any) -> GenerationConfig:
@@ -113,5 +178,6 @@ def with_tree_settings(generation_config: GenerationConfig, **settings: Any) -> 
         raise ValueError(f"`{unknown[0]}` is no tree setting, expected one of {', '.join(TREE_SETTINGS)}.")
     config = copy.deepcopy(generation_config)
     for name, value in settings.items():
-        setattr(config, name, list(value) if name == "tree_shape" else value)
+        is_shape = name == "tree_shape" and not isinstance(value, str)
+        setattr(config, name, list(value) if is_shape else value)
     return config

@@ -23,6 +23,7 @@ class SpeculationStats:
         committed: new tokens of the output, of all sequences, filling not counted.
         committed_by_prefill: those of them that came from the prefill's logits (1 a sequence), not from a round.
         accepted_per_depth: entry d counts the rounds whose drafted node of depth d + 1 was committed.
+        rounds_by_tree: rounds of each tree, by its name: nodes kept at each depth of the beam, and most nodes in all.
         prefill_seconds, decode_seconds: wall time before and after the first new token.
         uncaptured_reason: why rounds on a GPU ran through the target's own forward instead of as captured graphs;
             `None` if they did not, or ran elsewhere.
@@ -38,6 +39,7 @@ class SpeculationStats:
     committed: int = 0
     committed_by_prefill: int = 0
     accepted_per_depth: list[int] = field(default_factory=list)
+    rounds_by_tree: dict[str, int] = field(default_factory=dict)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     uncaptured_reason: str | None = None
@@ -55,9 +57,17 @@ class SpeculationStats:
         tokens = self.committed - self.committed_by_prefill
         return tokens / self.decode_seconds if self.decode_seconds else 0.0
 
-    def add_round(self, drafted: Sequence[int], committed: Sequence[int]) -> None:
-        """Count one round: per sequence the nodes verified, roots aside, and the tokens committed, bonus included."""
+    def add_round(self, drafted: Sequence[int], committed: Sequence[int], tree: str | None = None) -> None:
+        """Count one round.
+
+        Args:
+            drafted: per sequence the nodes verified, roots aside.
+            committed: per sequence the tokens committed, bonus included.
+            tree: its name.
+        """
         self.rounds += 1
+        if tree is not None:
+            self.rounds_by_tree[tree] = self.rounds_by_tree.get(tree, 0) + 1
         self.row_rounds += len(committed)
         self.drafted += sum(drafted)
         self.committed += sum(committed)

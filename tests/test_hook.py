@@ -167,6 +167,7 @@ def test_tree_settings_are_kept_where_a_generation_config_is_a_models_own(target
     assert len(out.speculation_stats.accepted_per_depth) == 2
     assert torch.equal(out.sequences, draft.script[None, :40])
     assert not hasattr(own, "tree_shape") and config.tree_shape == [1, 1]
+    assert with_tree_settings(own, tree_shape="auto").tree_shape == "auto"
     with pytest.raises(ValueError, match="tree_shape"):  # transformers takes no unknown argument
         target.generate(ids, max_new_tokens=3, tree_shape=[1, 1], assistant_model=draft)
     with pytest.raises(ValueError, match="`tree_depth` is no tree setting, expected one of tree_shape"):

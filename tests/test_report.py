@@ -13,6 +13,15 @@ def test_a_speculated_call():
     ]
 
 
+def test_trees_are_named_where_there_were_several():
+    stats = SpeculationStats(committed=1, committed_by_prefill=1)
+    stats.add_round([3], [2], "4-4-4, 8 nodes")
+    assert "by tree" not in describe(stats, 9, seconds=1.0)
+    for tree in ("2-2, 4 nodes", "4-4-4, 8 nodes"):
+        stats.add_round([3], [2], tree)
+    assert describe(stats, 9, seconds=1.0).splitlines()[-1] == "rounds by tree: 4-4-4, 8 nodes: 2; 2-2, 4 nodes: 1"
+
+
 def test_a_plain_call():
     stats = SpeculationStats(committed=30, fallback_reason="the batch has 3 rows")
     assert describe(stats, 12, seconds=2.0).splitlines() == [

@@ -22,34 +22,70 @@ def draft_with(device="cpu", **fields):
         return LongSpecDraftModel(config)
 
 
-def test_a_cpu_has_a_tree_of_its_own():
+def test_a_cpu_begins_with_a_tree_of_its_own():
     assert tree_of(resolve_tree_settings(draft_with(), GenerationConfig())) == CPU_TREE
 
 
-def test_other_devices_have_the_general_tree():
+def test_other_devices_begin_with_the_general_tree():
     assert tree_of(resolve_tree_settings(draft_with("meta"), GenerationConfig())) == GENERAL
 
 
-@pytest.mark.parametrize("level", ["call", "draft", "config"])
-@pytest.mark.parametrize(
-    ("name", "value"), [("tree_shape", (3, 5)), ("max_tree_nodes", 20), ("ngram_branch_length", 0)]
-)
-def test_one_choice_of_a_user_turns_the_cpus_tree_off(level, name, value):
-    given = {name: list(value) if isinstance(value, tuple) else value}
-    draft = draft_with(**given if level == "config" else {})
+def given_at(level, device="cpu", **given):
+    """Settings of a call, where the call, the draft or its configuration says something."""
+    draft = draft_with(device, **given if level == "config" else {})
     if level == "draft":
         draft.generation_config = GenerationConfig(**given)
-    settings = resolve_tree_settings(draft, GenerationConfig(**given if level == "call" else {}))
-    assert tree_of(settings) == {**GENERAL, name: value}
+    return resolve_tree_settings(draft, GenerationConfig(**given if level == "call" else {}))
 
 
-def test_the_cpus_tree_survives_saving(tmp_path):
+@pytest.mark.parametrize("level", ["call", "draft", "config"])
+@pytest.mark.parametrize("shape", [[3, 5], [], list(DEFAULT_TREE_SHAPE)])
+def test_a_shape_of_the_user_is_left_as_it_is(level, shape):
+    settings = given_at(level, tree_shape=shape)
+    assert tree_of(settings) == {**GENERAL, "tree_shape": tuple(shape)}
+    assert settings.choices is None and settings.trees == (settings,)
+
+
+@pytest.mark.parametrize("level", ["call", "draft"])
+def test_auto_may_be_asked_for_where_the_configuration_has_a_shape(level):
+    draft = draft_with(tree_shape=[2, 2])
+    if level == "draft":
+        draft.generation_config = GenerationConfig(tree_shape="auto")
+    settings = resolve_tree_settings(draft, GenerationConfig(**{"tree_shape": "auto"} if level == "call" else {}))
+    assert tree_of(settings) == CPU_TREE and len(settings.trees) > 10
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("level", ["call", "draft", "config"])
+def test_limits_of_the_user_hold_for_all_trees(device, level):
+    for nodes in (2, 3, 5, 20, 40):
+        trees = given_at(level, device, max_tree_nodes=nodes).trees
+        assert max(tree.max_nodes for tree in trees) <= nodes
+        assert max(tree.max_nodes for tree in trees) > nodes // 2
+    assert {tree.ngram_branch_length for tree in given_at(level, device, ngram_branch_length=0).trees} == {0}
+    assert max(tree.ngram_branch_length for tree in given_at(level, device, ngram_branch_length=4).trees) <= 4
+    for depth in (1, 3, 5):
+        trees = resolve_tree_settings(draft_with(device), GenerationConfig(num_assistant_tokens=depth)).trees
+        assert {tree.depth for tree in trees} <= set(range(1, depth + 1)) and max(t.depth for t in trees) == depth
+    assert resolve_tree_settings(draft_with(device), GenerationConfig(num_assistant_tokens=0)).depth == 0
+    assert given_at(level, device, max_tree_nodes=1).max_nodes == 1
+
+
+@pytest.mark.parametrize("value", ["Auto", "4,16", "", b"auto", 4])
+@pytest.mark.parametrize("level", ["call", "draft", "config"])
+def test_other_words_are_refused(level, value):
+    with pytest.raises(ValueError, match='`tree_shape` must be "auto" or a list of integers'):
+        given_at(level, tree_shape=value)
+
+
+def test_auto_survives_saving(tmp_path):
     draft_with().save_pretrained(tmp_path)
     draft = LongSpecDraftModel.from_pretrained(tmp_path)
+    assert draft.config.tree_shape == "auto" == LongSpecDraftConfig().tree_shape
     assert tree_of(resolve_tree_settings(draft, GenerationConfig())) == CPU_TREE
 
 
-def test_settings_beside_the_tree_leave_the_cpus_tree():
+def test_settings_beside_the_tree_leave_auto():
     settings = resolve_tree_settings(draft_with(), GenerationConfig(ngram_min_match=3, recheck_near_ties=True))
     assert tree_of(settings) == CPU_TREE
     assert settings.ngram_min_match == 3 and settings.recheck_near_ties

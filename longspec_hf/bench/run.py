@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..configuration_longspec import LongSpecDraftConfig
+from ..configuration_longspec import DEFAULT_TREE_SHAPE
 from ..modeling_longspec import LongSpecDraftModel
 from ..pairs import load_pair
 from ..settings import resolve_tree_settings
@@ -105,8 +105,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedMode
             raise ValueError("`draft` must name a draft, got none.")
         return pair.target, pair.draft
     target = counting_target(args.shape, device, getattr(torch, args.dtype))
-    draft = guessing_draft(target)
-    depth = len(LongSpecDraftConfig.from_target(target.config).tree_shape)
+    draft = guessing_draft(target, tree_shape=list(DEFAULT_TREE_SHAPE))
+    depth = len(DEFAULT_TREE_SHAPE)
     positions = max(args.contexts) + 2 * args.new_tokens + 4096
     draft.set_guesses(rate_for(args.tau, depth), max(args.batch), positions)
     return target, draft
@@ -115,8 +115,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedMode
 def measure_rounds(
     args: argparse.Namespace, target: PreTrainedModel, draft: LongSpecDraftModel, rate: float
 ) -> list[dict[str, Any]]:
-    """Rows of the table of rounds: the pair's tree and the root alone, at every context and batch."""
-    settings = resolve_tree_settings(draft, target.generation_config)
+    """Rows of the table of rounds: the tree a call begins with and the root alone, at every context and batch."""
+    settings = resolve_tree_settings(draft, target.generation_config).of_tree(None)
     rows = []
     for context in args.contexts:
         for sequences in args.batch:

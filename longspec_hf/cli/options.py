@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..configuration_longspec import AUTO
 from ..pairs import DTYPES, EMBEDDED, Pair, load_pair
 from ..settings import TREE_SETTINGS
 
@@ -38,8 +39,15 @@ def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
     group.add_argument("--repetition-penalty", type=float)
     group.add_argument("--seed", type=int, help="of the random stream; a fresh one by default")
     tree = parser.add_argument_group("tree", "By default as the draft's configuration says.")
-    tree.add_argument("--tree-shape", type=int, nargs="*", metavar="NODES", help="nodes kept at each depth")
-    tree.add_argument("--max-tree-nodes", type=int, help="nodes verified a round, the root included")
+    tree.add_argument(
+        "--tree-shape",
+        type=_shape_part,
+        nargs="*",
+        action=_TreeShape,
+        metavar="NODES",
+        help="nodes kept at each depth; auto: what promises the most tokens a second; nothing: no beam",
+    )
+    tree.add_argument("--max-tree-nodes", type=int, help="most nodes verified a round, the root included")
     tree.add_argument("--ngram-branch-length", type=int, help="tokens copied from the context; 0: none")
     tree.add_argument("--ngram-min-match", type=int, help="shortest match that is copied after")
     tree.add_argument(
@@ -60,6 +68,24 @@ def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
         default=None,
         help="run rounds on a GPU as captured CUDA graphs, where the target allows it",
     )
+
+
+def _shape_part(text: str) -> int | str:
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected auto or numbers, got {text!r}") from None
+
+
+class _TreeShape(argparse.Action):
+    """`auto` alone, or numbers."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if AUTO in values and len(values) > 1:
+            parser.error(f"argument {option_string}: expected auto or numbers, got both")
+        setattr(namespace, self.dest, AUTO if AUTO in values else values)
 
 
 def load_pair_of(args: argparse.Namespace) -> Pair:

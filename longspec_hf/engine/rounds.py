@@ -10,6 +10,8 @@ import torch
 from longspec_hf_kernels import RowMover, merge_tree
 from transformers import PreTrainedModel
 
+from ..acceptance import DraftedBeam
+from ..beam import Beam
 from ..cache import LongSpecCache
 from ..candidate_generator import LongSpecCandidateGenerator
 from ..settings import TreeSettings
@@ -30,6 +32,7 @@ class Drafted:
         ancestors: bool `[b, T, T]`.
         ancestor_bits: the same as int64 `[b, T, words]`.
         cos, sin: `[b, P, rotary_dim]` of the root's position and those after it.
+        beam: that the trees were made of; `None` for roots alone.
     """
 
     tree: TokenTree
@@ -37,6 +40,7 @@ class Drafted:
     ancestor_bits: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+    beam: Beam | None = None
 
 
 class Engine:
@@ -63,12 +67,14 @@ class Engine:
         self._addresses: tuple[int, ...] = ()
         self._mover: RowMover | None = None
         self._state: RoundState | None = None
+        self._widths: dict[TreeSettings, tuple[int, ...]] = {}
+        self._beams: Beam | list[list[int]] | None = None
         self._walks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def load(self, limits: Sequence[int], starts: torch.Tensor | None) -> None:
         """Take over where the first `len(limits)` sequences stand, from the host's books."""
         rows = self.generator.rows[: len(limits)]
-        most = self.generator.settings.ngram_branch_length
+        most = self.generator.longest_branch
         wide = [[row.root, row.root_position, limit] for row, limit in zip(rows, limits, strict=True)]
         narrow = [self.cache.row_lengths[: len(rows)], self.generator.window.row_lengths[: len(rows)]]
         roots, positions, depths = torch.tensor(wide, device=self.device).unsqueeze(-1).unbind(1)
@@ -130,6 +136,7 @@ class Engine:
         self._write_branches(settings)
         rows = self._captured("greedy", settings)().tolist()
         tokens = [row[2 : 2 + row[1]] for row in rows]
+        self._beams = [row[2 + settings.longest_path :] for row in rows]
         self.generator.window.advance([len(row) for row in tokens])
         return [row[0] for row in rows], tokens
 
@@ -137,7 +144,13 @@ class Engine:
         """The first half of a round; returns the trees and their logits `[b, T, V]`, for the caller to walk."""
         self._write_branches(settings)
         drafted, logits = self._captured("verify", settings)()
+        self._beams = drafted.beam
         return drafted.tree, logits
+
+    def beams(self, settings: TreeSettings) -> list[DraftedBeam]:
+        """The sequences' beams of the last round, which had these settings; only where trees are chosen."""
+        rows = self._beams.as_integers().tolist() if isinstance(self._beams, Beam) else self._beams
+        return [DraftedBeam.of_integers(row, self._widths[settings]) for row in rows]
 
     def commit(
         self, settings: TreeSettings, visited: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
@@ -186,13 +199,16 @@ class Engine:
         return (name, settings, type(self.target), self.state.sequences, self.state.starts is None)
 
     def _greedy(self, settings: TreeSettings) -> torch.Tensor:
-        """One round; `[b, 2 + P]`: nodes drafted, tokens drawn, and which."""
+        """One round; `[b, 2 + P]`: nodes drafted, tokens drawn, and which. The beam follows where trees are chosen."""
         drafted = self.draft(settings)
         walked = self.walk(drafted, self.verify(drafted), settings)
         self.commit_paths(drafted, *walked)
         _, counts, tokens = walked
         numbers = torch.stack([drafted.tree.valid.sum(dim=1) - 1, counts.long()], dim=1)
-        return torch.cat([numbers, tokens], dim=1)
+        parts = [numbers, tokens]
+        if drafted.beam is not None and self.generator.settings.choices is not None:
+            parts.append(drafted.beam.as_integers())
+        return torch.cat(parts, dim=1)
 
     def _draft_and_verify(self, settings: TreeSettings) -> tuple[Drafted, torch.Tensor]:
         drafted = self.draft(settings)
@@ -217,6 +233,7 @@ class Engine:
             itself = root.valid.unsqueeze(-1)
             return Drafted(root, itself, itself.long(), cos, sin)
         beam = self.forward.beam(state, settings.tree_shape, cos, sin)
+        self._widths[settings] = beam.widths
         branch = state.branches[:, : settings.ngram_branch_length]
         *nodes, bits, ancestors = merge_tree(
             state.roots,
@@ -229,7 +246,7 @@ class Engine:
             settings.max_tree_nodes,
             settings.depth,
         )
-        return Drafted(TokenTree(*nodes), ancestors, bits, cos, sin)
+        return Drafted(TokenTree(*nodes), ancestors, bits, cos, sin, beam)
 
     def verify(self, drafted: Drafted) -> torch.Tensor:
         """The target's logits `[b, T, V]` after every node."""
@@ -272,8 +289,7 @@ class Engine:
         length = settings.ngram_branch_length
         if not length:
             return
-        rows = self.generator.rows[: self.state.sequences]
-        copied = [row.index.continuation(length) for row in rows]
+        copied = self.generator.copy_branches(self.state.sequences, length)
         branches = torch.tensor([[*tokens, *[-1] * (length - len(tokens))] for tokens in copied])
         self.state.branches[:, :length].copy_(branches)
 

@@ -6,6 +6,7 @@ import pytest
 from saved_pairs import save_tiny_pair
 
 from longspec_hf.cli import main
+from longspec_hf.tree_choice import TreeChooser
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,30 @@ def test_tree_options_reach_the_call(capsys, models):
     assert "tau 1.00; 39 rounds, accepted per depth: none" in err
     assert main(["generate", "--prompt", "w7", *models, "--tree-shape", "0"]) == 2
     assert "`tree_shape` must hold integers of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [["auto"], ["2", "2"]])
+def test_trees_of_the_rounds_are_named(capsys, models, shape, monkeypatch):
+    monkeypatch.setattr(TreeChooser, "choose", lambda self, *_: self.settings if self.fixed else _next_tree(self))
+    out, err = generated(capsys, "--prompt", "w7", *models, "--no-fallback-to-plain", "--tree-shape", *shape)
+    assert ("rounds by tree: " in err) == (shape == ["auto"])
+    assert out == generated(capsys, "--prompt", "w7", "--plain", *models).out
+
+
+def _next_tree(chooser):
+    trees = list(chooser.trees)
+    chooser.settings = trees[(trees.index(chooser.settings) + 1) % len(trees)]
+    return chooser.settings
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [(["Auto"], "expected auto or numbers, got 'Auto'"), (["auto", "4"], "expected auto or numbers, got both")],
+)
+def test_other_shapes_are_refused(capsys, models, shape, message):
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompt", "w7", *models, "--tree-shape", *shape])
+    assert message in capsys.readouterr().err
 
 
 def test_a_text_beyond_the_context_is_said(capsys, models):
