@@ -65,8 +65,8 @@ def reason_of_call(
     """
     text_config = target.config.get_text_config(decoder=True)
     return (
-        reason_of_config(config, settings, inputs["synced_gpus"])
-        or reason_of_sharding(target)
+        reason_of_sharding(target)
+        or reason_of_config(config, settings, inputs["synced_gpus"])
         or reason_of_layers(text_config)
         or reason_of_modules(target)
         or reason_of_inputs(inputs, cache_argument, config)
