@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from transformers.generation import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 
 from .cache import LongSpecCache
+from .prompts import Prompts
 from .settings import TreeSettings
 from .tensor_parallel import is_sharded_by_fsdp
 
@@ -170,30 +171,22 @@ def reason_of_batch(
 
 
 def reason_of_chain(
-    sequences: int,
     cache: Cache,
+    prompts: Prompts,
     config: GenerationConfig,
     settings: TreeSettings,
     processors: Iterable[Any],
     criteria: Iterable[Any],
-    others: dict[str, Any],
 ) -> str | None:
-    """Why transformers' assisted loop, which verifies chains, would refuse a call or give another text, or `None`.
-
-    Args:
-        sequences: of the batch.
-        cache, config, settings, processors, criteria: of the call.
-        others: arguments that it does not work with, by name; `None` where they are not given.
-    """
-    if sequences > 1:
+    """Why transformers' assisted loop, which verifies chains, would refuse a call or give another text, or `None`."""
+    if len(prompts.token_ids) > 1:
         return "the target takes no token tree, and a chain is verified for one sequence at a time"
     if isinstance(cache, StaticCache) or cache.get_seq_length() > 0:
         return "the target takes no token tree, and a chain begins with an empty cache that can grow"
     if settings.recheck_near_ties:
         return "the target takes no token tree, and `recheck_near_ties` works on trees"
-    for name, value in others.items():
-        if value is not None:
-            return f"the target takes no token tree, and chains do not work with `{name}`"
+    if prompts.embeds is not None:
+        return "the target takes no token tree, and a chain needs ids, not `inputs_embeds`"
     for processor in processors:
         if type(processor) not in ROW_WISE:
             return f"{type(processor).__name__} would be called for every token of a chain"

@@ -48,7 +48,7 @@ from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
 from .takeover import hand_back, prepare_cache
 from .target import bind, is_compiled
-from .text import TextBuffer, TokenDrawer, pad_texts, stack_scores
+from .text import OneByOne, TextBuffer, TokenDrawer, pad_texts, stack_scores
 from .tree import TokenTree
 
 logger = logging.get_logger(__name__)
@@ -181,10 +181,7 @@ def _longspec_decoding(
     rules = logits_processor, stopping_criteria
     reason = reason_of_call(target, generation_config, settings, inputs, CACHE_ARG, prompts.positions.shape[1])
     if not target._supports_attention_backend:
-        others = {"streamer": streamer, "inputs_embeds": prompts.embeds}
-        reason = reason or reason_of_chain(
-            input_ids.shape[0], model_kwargs[CACHE_ARG], generation_config, settings, *rules, others
-        )
+        reason = reason or reason_of_chain(model_kwargs[CACHE_ARG], prompts, generation_config, settings, *rules)
     elif input_ids.shape[0] > 1:
         reason = reason or reason_of_batch(generation_config, settings, *rules, streamer is not None)
     if reason is not None:
@@ -196,7 +193,10 @@ def _longspec_decoding(
             f"{type(target).__name__} has its own attention code, which cannot take a token tree. LongSpec drafts a "
             "chain for it and leaves the rest to transformers' assisted generation."
         )
-        return original(target, input_ids, *rules, generation_config, assistant_model=draft, **model_kwargs)
+        blocks = None if streamer is None else OneByOne(streamer)
+        return original(
+            target, input_ids, *rules, generation_config, streamer=blocks, assistant_model=draft, **model_kwargs
+        )
 
     given: Cache = model_kwargs[CACHE_ARG]
     rows = max(prompts.positions.shape[1], given.get_seq_length() + input_ids.shape[1])
