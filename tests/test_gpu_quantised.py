@@ -61,7 +61,7 @@ def quantised(kind: str, folder: Path, device: str, **sizes: Any) -> PreTrainedM
 
 @torch.no_grad()
 def distances(model: PreTrainedModel, plain: Any, out: Any, context: int) -> tuple[float, float]:
-    """RMS distances from plain decoding's logits: of the rounds', and of one forward over the same text, or of bf16."""
+    """RMS distances from plain decoding's logits: of the rounds', and of one forward over the text or bf16's own."""
     same = int((plain.sequences == out.sequences)[0, context:].long().cumprod(0).sum())
     assert same > 8, "too few equal tokens to compare"
     steps, rounds = (torch.cat(text.logits[1 : same + 1]).float() for text in (plain, out))
