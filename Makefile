@@ -17,7 +17,7 @@ test-newest: $(INSTALLED)
 
 # A short run with the oldest supported transformers, which lies in a folder of its own before the newest.
 test-oldest: $(OLDEST)/.installed
-	PYTHONPATH=$(OLDEST) $(BIN)python -m pytest -n 2 --dist worksteal tests/test_hook.py tests/test_cache.py tests/test_stopping.py \
+	PYTHONPATH=$(OLDEST) $(BIN)python -m pytest -n 2 --dist worksteal tests/test_hook.py tests/test_fallback.py tests/test_cache.py tests/test_stopping.py \
 		tests/test_modeling.py tests/test_stats.py tests/test_memory.py
 
 lint: $(INSTALLED)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         bound: the target's parts, from [`bind`].
         settings: tree settings of the call.
         sequences: sequences of the batch. Those that go on come first (`swap`).
-        chain_cache, chain_max_length: only for `get_candidates`: the target's cache and the longest sequence.
+        chain_cache, chain_max_length, chain_end_tokens: only for `get_candidates`: the target's cache, the longest
+            sequence, and the tokens that end it.
 
     Attributes:
         longest_branch: tokens that the branch of any tree of the call can have.
@@ -65,12 +67,14 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         sequences: int = 1,
         chain_cache: Cache | None = None,
         chain_max_length: int = 0,
+        chain_end_tokens: Collection[int] = (),
     ) -> None:
         self.draft = draft
         self.bound = bound
         self.settings = settings
         self.chain_cache = chain_cache
         self.chain_max_length = chain_max_length
+        self.chain_end_tokens = chain_end_tokens
         self.rows = [DraftedSequence(NgramIndex(settings.ngram_min_match)) for _ in range(sequences)]
         self.longest_branch = max(tree.ngram_branch_length for tree in settings.trees)
         self.branches: list[list[int]] = [[] for _ in range(sequences)]
@@ -298,7 +302,8 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         """A chain for transformers' own loop: the longest path that begins with the draft's first choice.
 
         Needs `chain_cache`, the cache that loop writes to. No logits are returned: the loop then accepts a token
-        exactly when the target itself chose it.
+        exactly when the target itself chose it. It asks whether the text has ended behind whole chains only, so none
+        holds an end token: the target's own choice behind the chain may be one.
         """
         token_ids = input_ids[0].tolist()
         read = len(self.rows[0].index)
@@ -308,8 +313,9 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         self.append([token_ids[read:]])
         tree = self.propose(self.chain_cache, [self.chain_max_length - len(token_ids) - 1])
         path = longest_path_through(tree, node=1) if tree.num_nodes > 1 else []
-        chain = tree.token_ids[:, path].to(input_ids.device)
-        return torch.cat([input_ids, chain], dim=1), None
+        tokens = tree.token_ids[0, path].tolist()
+        chain = list(takewhile(lambda token: token not in self.chain_end_tokens, tokens))
+        return torch.cat([input_ids, input_ids.new_tensor([chain])], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to update: a chain's tree is fixed for a call."""

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache, generation
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache, generation
 from transformers.generation import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 
 from .cache import LongSpecCache
+from .prompts import Prompts
 from .settings import TreeSettings
+from .tensor_parallel import is_sharded_by_fsdp
 
 ROW_WISE = (
     generation.EosTokenCriteria,
@@ -39,7 +41,8 @@ ROW_WISE = (
     generation.TopPLogitsWarper,
     generation.TypicalLogitsWarper,
 )
-"""Processors and criteria that treat every sequence by itself: those of a batch may get ahead of one another."""
+"""Processors and criteria that treat every sequence by itself and remember nothing of their last call: the sequences
+of a batch may get ahead of one another, and candidates may be tried."""
 
 
 TREE_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -63,7 +66,8 @@ def reason_of_call(
     """
     text_config = target.config.get_text_config(decoder=True)
     return (
-        reason_of_config(config, settings, inputs["synced_gpus"])
+        reason_of_sharding(target)
+        or reason_of_config(config, settings, inputs["synced_gpus"])
         or reason_of_layers(text_config)
         or reason_of_modules(target)
         or reason_of_inputs(inputs, cache_argument, config)
@@ -82,6 +86,16 @@ def reason_of_config(config: GenerationConfig, settings: TreeSettings, synced_gp
     if config.output_hidden_states and config.prefill_chunk_size is not None:
         return "`output_hidden_states` is asked for with `prefill_chunk_size`"
     return None
+
+
+def reason_of_sharding(target: nn.Module) -> str | None:
+    """Why a target whose weights are whole only within its own forwards lends nothing to a draft, or `None`."""
+    if not is_sharded_by_fsdp(target):
+        return None
+    return (
+        "FSDP2 (`fully_shard`) gathers the target's weights for its own forwards only, and a draft borrows some; to "
+        "speculate, load the target whole in every process, or shard it by heads with `tp_plan`"
+    )
 
 
 def reason_of_inputs(model_kwargs: dict[str, Any], cache_argument: str, config: GenerationConfig) -> str | None:
@@ -154,3 +168,42 @@ def reason_of_batch(
         if others:
             return f"without an end token, {others[0]} ends all sequences of a batch together"
     return None
+
+
+def reason_of_chain(
+    cache: Cache,
+    prompts: Prompts,
+    config: GenerationConfig,
+    settings: TreeSettings,
+    processors: Iterable[Any],
+    criteria: Iterable[Any],
+) -> str | None:
+    """Why transformers' assisted loop, which verifies chains, would refuse a call or give another text, or `None`."""
+    if len(prompts.token_ids) > 1:
+        return "the target takes no token tree, and a chain is verified for one sequence at a time"
+    if isinstance(cache, StaticCache) or cache.get_seq_length() > 0:
+        return "the target takes no token tree, and a chain begins with an empty cache that can grow"
+    if settings.recheck_near_ties:
+        return "the target takes no token tree, and `recheck_near_ties` works on trees"
+    if prompts.embeds is not None:
+        return "the target takes no token tree, and a chain needs ids, not `inputs_embeds`"
+    for processor in processors:
+        if type(processor) not in ROW_WISE:
+            return f"{type(processor).__name__} would be called for every token of a chain"
+    for rule in criteria:
+        if not _is_of_config(rule, config):
+            return f"{type(rule).__name__} would be asked behind every chain, not behind every token"
+    return None
+
+
+def _is_of_config(rule: Any, config: GenerationConfig) -> bool:
+    """Whether a criterion says no more than the end tokens and the length that chains are cut by."""
+    if type(rule) is MaxLengthCriteria:
+        return rule.max_length == config.max_length
+    return type(rule) is EosTokenCriteria and end_tokens(config).issuperset(rule.eos_token_id.tolist())
+
+
+def end_tokens(config: GenerationConfig) -> set[int]:
+    """The tokens that end a text."""
+    given = config.eos_token_id
+    return set() if given is None else {given} if isinstance(given, int) else set(given)

@@ -39,7 +39,7 @@ from .candidate_generator import LongSpecCandidateGenerator
 from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
 from .engine import make_engine
-from .fallback import reason_of_batch, reason_of_call
+from .fallback import end_tokens, reason_of_batch, reason_of_call, reason_of_chain
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
 from .placement import draft_device
@@ -49,7 +49,7 @@ from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
 from .takeover import hand_back, prepare_cache
 from .target import bind, is_compiled
-from .text import TextBuffer, TokenDrawer, pad_texts, stack_scores
+from .text import OneByOne, TextBuffer, TokenDrawer, pad_texts, stack_scores
 from .tree import TokenTree
 
 logger = logging.get_logger(__name__)
@@ -100,13 +100,7 @@ def _wrap_decoding(original: Callable) -> Callable:
     def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
         if not isinstance(assistant_model, LongSpecDraftModel):
             return original(self, *args, assistant_model=assistant_model, **kwargs)
-        if not self._supports_attention_backend:
-            logger.warning_once(
-                f"{type(self).__name__} has its own attention code, which cannot take a token tree. LongSpec drafts a "
-                "chain for it and leaves the rest to transformers' assisted generation."
-            )
-            return original(self, *args, assistant_model=assistant_model, **kwargs)
-        return _longspec_decoding(assistant_model, self, *args, **kwargs)
+        return _longspec_decoding(original, assistant_model, self, *args, **kwargs)
 
     return _assisted_decoding
 
@@ -123,6 +117,7 @@ def _wrap_generator(original: Callable) -> Callable:
             resolve_tree_settings(assistant_model, config),
             chain_cache=model_kwargs[CACHE_ARG],
             chain_max_length=config.max_length,
+            chain_end_tokens=end_tokens(config),
         )
 
     return _get_candidate_generator
@@ -165,6 +160,7 @@ def _wrap_pipeline_loading(original: Callable) -> Callable:
 
 
 def _longspec_decoding(
+    original: Callable,
     draft: LongSpecDraftModel,
     target: PreTrainedModel,
     input_ids: torch.LongTensor,
@@ -178,27 +174,29 @@ def _longspec_decoding(
     tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Stands in for `GenerationMixin._assisted_decoding`; the same arguments behind the draft, the same outputs."""
+    """Stands in for `original`, `GenerationMixin._assisted_decoding`; its arguments behind the draft, its outputs."""
     settings = resolve_tree_settings(draft, generation_config)
     bound = bind(draft, target)
     prompts = read_prompts(input_ids, model_kwargs, draft.device)
     inputs = {**model_kwargs, "synced_gpus": synced_gpus}
+    rules = logits_processor, stopping_criteria
     reason = reason_of_call(target, generation_config, settings, inputs, CACHE_ARG, prompts.positions.shape[1])
-    if input_ids.shape[0] > 1:
-        reason = reason or reason_of_batch(
-            generation_config, settings, logits_processor, stopping_criteria, streamer is not None
-        )
+    if not target._supports_attention_backend:
+        reason = reason or reason_of_chain(model_kwargs[CACHE_ARG], prompts, generation_config, settings, *rules)
+    elif input_ids.shape[0] > 1:
+        reason = reason or reason_of_batch(generation_config, settings, *rules, streamer is not None)
     if reason is not None:
         return _plain_decoding(
-            target,
-            reason,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus,
-            streamer,
-            **model_kwargs,
+            target, reason, input_ids, *rules, generation_config, synced_gpus, streamer, **model_kwargs
+        )
+    if not target._supports_attention_backend:
+        logger.warning_once(
+            f"{type(target).__name__} has its own attention code, which cannot take a token tree. LongSpec drafts a "
+            "chain for it and leaves the rest to transformers' assisted generation."
+        )
+        blocks = None if streamer is None else OneByOne(streamer)
+        return original(
+            target, input_ids, *rules, generation_config, streamer=blocks, assistant_model=draft, **model_kwargs
         )
 
     given: Cache = model_kwargs[CACHE_ARG]

@@ -78,12 +78,13 @@ def beside(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
 
 
 def _is_ordinary(module: nn.Linear) -> bool:
-    """Whether the module is `F.linear` with a weight that lies there as it is: no subclass, no hook, no packing."""
+    """Whether the module is `F.linear` with a weight that lies there as it is: no subclass, hook, packing or shard."""
     return (
         type(module) is nn.Linear
         and type(module.weight) in (torch.Tensor, nn.Parameter)
         and module.weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         and module.weight.device.type != "meta"
+        and module.weight.shape == (module.out_features, module.in_features)
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks

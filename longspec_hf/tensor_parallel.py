@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
@@ -36,11 +38,13 @@ class TensorParallel:
 
     @classmethod
     def of(cls, target: PreTrainedModel, config: LongSpecDraftConfig) -> TensorParallel | None:
-        """The processes over which `target` is sharded, `None` if it is whole.
+        """The processes over which the heads of `target` are sharded, `None` if its forwards compute them all.
 
         Raises:
             ValueError: the heads cannot be shared out evenly.
         """
+        if is_sharded_by_fsdp(target):
+            return None
         weights = (parameter for parameter in target.get_decoder().parameters() if isinstance(parameter, DTensor))
         for weight in weights:
             for dim, placement in enumerate(weight.placements):
@@ -67,6 +71,11 @@ class TensorParallel:
     def agree_on_seconds(self, seconds: float) -> float:
         """The first process's time."""
         return float(self.agree([torch.tensor([int(seconds * 1e9)], device=self.device)])[0]) / 1e9
+
+
+def is_sharded_by_fsdp(target: nn.Module) -> bool:
+    """Whether FSDP2 has sharded weights of `target`, which a forward gathers: its heads and its text are whole."""
+    return any(isinstance(module, FSDPModule) for module in target.modules())
 
 
 def _check_heads(config: LongSpecDraftConfig, size: int) -> None:

@@ -182,6 +182,24 @@ class TokenDrawer:
         return int(token), stop
 
 
+class OneByOne:
+    """A streamer that hands blocks `[1, n]` on as plain decoding would: token by token.
+
+    Args:
+        streamer: gets tensors `[1]`.
+    """
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
+
+    def put(self, tokens: torch.Tensor) -> None:
+        for token in tokens.flatten().split(1):
+            self.streamer.put(token)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
 def near_ties(scores: torch.Tensor, dtype: torch.dtype, ulps: float = NEAR_TIE_ULPS) -> torch.Tensor:
     """Where the two best fp32 scores `[..., V]` lie within `ulps` units in the last place of `dtype`."""
     best, second = scores.topk(2, dim=-1).values.unbind(-1)

@@ -7,6 +7,7 @@ from models import VOCAB, ScriptedDraft, learned, prompt, tiny_target
 
 from longspec_hf.fallback import reason_of_modules
 from longspec_hf.target import bind
+from longspec_hf.target_head import TargetHead
 
 CLOSE = 1e-5  # relative to the largest score; fp32 in another order
 BY_WHOLE_FORWARD = "dynamic int8"
@@ -63,6 +64,13 @@ def test_the_text_is_plains(kind, draft_vocab_size):  # C11
             assert torch.equal(plain, out.sequences)
             reason = out.speculation_stats.fallback_reason
             assert ("dynamically quantised" in reason) if kind == BY_WHOLE_FORWARD else reason is None
+
+
+def test_a_head_that_is_gathered_for_its_forward_is_left_whole():
+    """ZeRO-3 leaves an empty weight behind; no row of it can be picked before the call is decoded plainly."""
+    head = torch.nn.Linear(32, VOCAB, bias=False)
+    head.weight.data = torch.empty(0)
+    assert TargetHead.of(head, VOCAB, torch.tensor([3, 5]), torch.device("cpu")).weight is None
 
 
 class Linear8bitLt(torch.nn.Linear):

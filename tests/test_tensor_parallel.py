@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import fsdp_run
 import pytest
 import torch
 from models import learned, prompt, tiny_target
@@ -22,12 +23,12 @@ DRAFTS = {
 }
 
 
-def run_sharded(folder, **environment: str) -> list[dict]:
-    """What both processes report, see `tensor_parallel_run`."""
+def run_twice(script: str, *arguments: object, **environment: str) -> list[dict]:
+    """What two processes of a script of this folder print as lines of JSON."""
     places = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*launch, ROOT / "tests" / "tensor_parallel_run.py", folder],
+        [*launch, ROOT / "tests" / script, *arguments],
         env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -36,6 +37,11 @@ def run_sharded(folder, **environment: str) -> list[dict]:
     )
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def run_sharded(folder, **environment: str) -> list[dict]:
+    """What both processes report, see `tensor_parallel_run`."""
+    return run_twice("tensor_parallel_run.py", folder, **environment)
 
 
 def make_pair(folder, device: str = "cpu", **sizes: int) -> dict[str, torch.Tensor]:
@@ -79,3 +85,15 @@ def test_heads_that_cannot_be_shared_out_are_refused():
     _check_heads(config, 2)
     with pytest.raises(ValueError, match=r"`num_key_value_heads` of the target \(8 and 2\)"):
         _check_heads(config, 4)
+
+
+def test_a_target_sharded_by_fsdp_is_decoded_plainly():
+    """Its heads are whole: it is not taken for a target sharded by them."""
+    target = tiny_target(**fsdp_run.FIELDS)
+    seen = run_twice("fsdp_run.py", CUDA_VISIBLE_DEVICES="")
+    assert sorted(one["rank"] for one in seen) == [0, 1]
+    for one in seen:
+        ids = fsdp_run.prompt_of(one["rank"])
+        plain = target.generate(ids, max_new_tokens=fsdp_run.NEW_TOKENS, do_sample=False)
+        assert one["tokens"] == plain.tolist()
+        assert "FSDP2" in one["reason"] and "`tp_plan`" in one["reason"]
