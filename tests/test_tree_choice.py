@@ -138,6 +138,23 @@ def test_a_small_promise_changes_nothing_and_a_capture_must_pay():
     assert len(chooser.settings.tree_shape) > 5
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_when_another_tree_is_taken(captured, monkeypatch):
+    """At every fourth or sixteenth round, and for more than a twentieth."""
+    chooser = TreeChooser(settings_on(), RoundCost(CPU), captured)
+    chooser.add_setup(0.0)
+    first, other = chooser.settings, chooser.settings.of_tree(next(iter(chooser.trees.values())))
+    gain = 1.04
+    monkeypatch.setattr(chooser, "_seconds_a_token", lambda sequences: {first: gain, other: 1.0})
+    patience = 16 if captured else 4
+    for done in range(3 * patience):
+        assert chooser.choose(1000) == first, done
+        chooser.add_round([], 8, 1, None)
+        if done == 2 * patience:
+            gain = 1.06
+    assert chooser.choose(1000) == other
+
+
 def test_a_tree_is_kept_for_some_rounds():
     chooser = TreeChooser(settings_on(), RoundCost(CPU))
     text = Text(CHANCES["always wrong"], CPU)
