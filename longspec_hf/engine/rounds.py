@@ -65,6 +65,7 @@ class Engine:
         self._warm = WarmKeys(generator.draft)
         self._graphs: dict[tuple, Captured] = {}
         self._addresses: tuple[int, ...] = ()
+        self._room = 0
         self._mover: RowMover | None = None
         self._state: RoundState | None = None
         self._widths: dict[TreeSettings, tuple[int, ...]] = {}
@@ -73,6 +74,7 @@ class Engine:
 
     def load(self, limits: Sequence[int], starts: torch.Tensor | None) -> None:
         """Take over where the first `len(limits)` sequences stand, from the host's books."""
+        self._room = 0
         rows = self.generator.rows[: len(limits)]
         most = self.generator.longest_branch
         wide = [[row.root, row.root_position, limit] for row, limit in zip(rows, limits, strict=True)]
@@ -112,14 +114,9 @@ class Engine:
         rows = min(settings.max_nodes, settings.longest_path)
         if self.generator.window.make_room(state.sequences, rows):
             state.window_lengths.copy_(self.generator.window.lengths[: state.sequences])
-        for layer in self.cache.layers:
-            layer.make_room(self.cache.row_lengths[: state.sequences], settings.max_nodes)
-        buffers = [buffer for layer in self.cache.layers for buffer in layer.buffers(state.sequences)]
-        addresses = tuple(buffer.data_ptr() for buffer in buffers)
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._mover = RowMover(buffers)
-            self._forget_graphs()
+        lengths = self.cache.row_lengths[: state.sequences]
+        if max(lengths) + settings.max_nodes > self._room:
+            self._make_room(lengths, settings.max_nodes)
         self.forward.levels(settings.tree_shape, state.sequences)
         if greedy:
             self._prepare("greedy", settings)
@@ -130,6 +127,18 @@ class Engine:
         commit.can_capture &= verify.can_capture
         commit.warm &= verify.graph is not None
         self._prepare("commit", settings)
+
+    def _make_room(self, lengths: Sequence[int], nodes: int) -> None:
+        """Let the cache take so many nodes behind committed rows of these lengths."""
+        for layer in self.cache.layers:
+            layer.make_room(lengths, nodes)
+        buffers = [buffer for layer in self.cache.layers for buffer in layer.buffers(len(lengths))]
+        self._room = min(buffer.shape[2] for buffer in buffers)
+        addresses = tuple(buffer.data_ptr() for buffer in buffers)
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._mover = RowMover(buffers)
+            self._forget_graphs()
 
     def greedy_round(self, settings: TreeSettings) -> tuple[list[int], list[list[int]]]:
         """A whole round; returns how many nodes were drafted for every sequence, and its new tokens."""
