@@ -1,5 +1,9 @@
 """Shared fixtures. Tests run single-threaded so that several processes share the cores."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported, in the processes of tests too
+
 import pytest
 import torch
 from models import tiny_target
