@@ -25,9 +25,9 @@ SETTINGS = {
     "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.8, "top_k": 0},
     "min_p": {"min_p": 0.2, "top_k": 0},
-    "repetition_penalty": {"repetition_penalty": 1.3},
+    "repetition_penalty": {"repetition_penalty": 1.5},
     "no_repeat_ngram": {"no_repeat_ngram_size": 2},
-    "bad_words": {"bad_words_ids": [[5, 9], [11]]},
+    "bad_words": {"bad_words_ids": [[11], *([a, b] for a in range(VOCAB) for b in range(a % 8, VOCAB, 8))]},
     "prefix_allowed": {"prefix_allowed_tokens_fn": lambda batch, ids: list(range(len(ids) % 3, VOCAB, 3))},
     "together": {"temperature": 0.7, "top_k": 8, "top_p": 0.9, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
 }
