@@ -1,10 +1,34 @@
 """Shared fixtures. Tests run single-threaded so that several processes share the cores."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported, in the processes of tests too
+
 import pytest
 import torch
 from models import tiny_target
 
 import longspec_hf  # noqa: F401  (registers the drafts)
+
+# Modules whose tests take longest: first, so that no process is left alone with one at the end.
+LONGEST = (
+    "test_readme.py",
+    "test_lossless.py",
+    "test_embedded.py",
+    "test_distributed.py",
+    "test_tensor_parallel.py",
+    "test_end_to_end.py",
+    "test_random_options.py",
+    "test_sampling.py",
+    "test_release.py",
+    "test_hub.py",
+    "test_remote_code.py",
+    "test_losses.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -23,7 +23,7 @@ NAMES = {
 }
 # Around one window and two; a chain is transformers' own loop, so fewer are enough there.
 LENGTHS = {"chain": (7, 8, 17), "tree": (6, 7, 8, 9, 15, 16, 17)}
-NEW_TOKENS = 20
+NEW_TOKENS = 12
 TREE = [4, 16]  # 21 nodes
 WAYS = ("chain", "tree")
 

@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 
 from longspec_hf import LongSpecDraftModel, decoding
 
-NEW_TOKENS = 40
+NEW_TOKENS = 24
 
 
 def uneven_clock(rank: int) -> Callable[[], float]:

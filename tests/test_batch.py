@@ -8,7 +8,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 from longspec_hf.hook import CACHE_ARG
 
 LENGTHS = (3, 11, 40)
-END = 5
 
 
 def padded(lengths=LENGTHS, seed=0):
@@ -44,15 +43,19 @@ def scripted_rows(target, alone, new_tokens, **kwargs):
 def test_rows_equal_their_solo_runs(family, scripts):  # C34, C35
     model = tiny_target(family)
     inputs, alone = padded()
-    kwargs = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": END, "pad_token_id": 0}
-    draft = scripted_rows(model, alone, 60) if scripts else learned(model)
+    draft = scripted_rows(model, alone, 32)
+    texts = [script[len(ids[0]) :] for script, ids in zip(draft.script, alone, strict=True)]
+    end = int(texts[1][12])
+    kwargs = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
     plain = model.generate(**inputs, **kwargs)
-    out = model.generate(**inputs, **kwargs, assistant_model=draft, return_dict_in_generate=True)
+    out = model.generate(
+        **inputs, **kwargs, assistant_model=draft if scripts else learned(model), return_dict_in_generate=True
+    )
     assert torch.equal(plain, out.sequences)
-    for row, ids in enumerate(alone):
-        solo = model.generate(ids, **kwargs)[0, ids.shape[1] :]
-        got = out.sequences[row, max(LENGTHS) :]
-        assert torch.equal(got[: len(solo)], solo) and bool((got[len(solo) :] == 0).all())
+    lengths = [([*text.tolist(), end]).index(end) + 1 for text in texts]
+    for row, text, length in zip(out.sequences[:, max(LENGTHS) :], texts, lengths, strict=True):
+        assert torch.equal(row[:length], text[:length]) and bool((row[length:] == 0).all())
+    assert min(lengths) < 14 and len(set(lengths)) > 1
     stats = out.speculation_stats
     assert stats.fallback_reason is None and stats.row_rounds > stats.rounds
     assert not scripts or stats.tau > 1.3

@@ -41,7 +41,7 @@ def engine_rounds(monkeypatch):
 
 
 def call(model, ids, draft=None, **kwargs):
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False, **kwargs}
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 28, "do_sample": False, **kwargs}
     return model.generate(ids, assistant_model=draft, return_dict_in_generate=True, **options)
 
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from models import learned, prompt, scripted, tiny_target
+from models import ScriptedDraft, learned, prompt, tiny_target
 from torch import nn
 from torch.nn import functional as F
 
@@ -138,9 +138,9 @@ def test_generates_the_same_ids(family, mode, switched_on, calls, monkeypatch):
         monkeypatch.setattr(module, "MOST_ROWS", 0)
     target = tiny_target(family)
     ids = prompt(40)
-    plain = target.generate(ids, max_new_tokens=40, do_sample=False)
-    draft = scripted(target, ids, 40, mode)
-    assert torch.equal(plain, target.generate(ids, max_new_tokens=40, do_sample=False, assistant_model=draft))
+    plain = target.generate(ids, max_new_tokens=24, do_sample=False)
+    draft = ScriptedDraft(target, plain, mode)
+    assert torch.equal(plain, target.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=draft))
     assert bool(calls) == switched_on
 
 

@@ -96,7 +96,7 @@ def calls(draw):
         mask[row, longest - length :] = 1
     names = draw(st.lists(st.sampled_from(sorted(OPTIONS)), max_size=4, unique=True))
     kwargs = {name: draw(OPTIONS[name]) for name in names}
-    kwargs["max_new_tokens"] = draw(st.integers(1, 30))
+    kwargs["max_new_tokens"] = draw(st.integers(1, 20))
     if draw(st.booleans()):
         kwargs["eos_token_id"] = draw(st.lists(st.integers(0, 63), min_size=1, max_size=4))
         kwargs["pad_token_id"] = 0

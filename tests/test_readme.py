@@ -32,6 +32,7 @@ NAMES = {
     '"cuda"': '"cpu"',
     "Qwen/Qwen2.5-7B-Instruct": "pair/target",
     "org/longspec-qwen2.5-7b-draft": "pair/draft",
+    "max_new_tokens=512": "max_new_tokens=32",
 }
 """What is replaced in Python."""
 
