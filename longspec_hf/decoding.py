@@ -135,7 +135,7 @@ class Decoder:
         self.generator.append([[token] for token, _ in drawn])
         self.engine, self.stats.uncaptured_reason = self.make_engine()
         if self.engine is not None:
-            certain = ENGINE_CERTAIN if self._is_greedy() else float("inf")
+            certain = ENGINE_CERTAIN if self._is_greedy() and len(self.drawers) == 1 else float("inf")
             self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, certain)
         self.trees = self._make_chooser()
         self._retire([stopped for _, stopped in drawn])

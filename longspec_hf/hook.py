@@ -175,7 +175,7 @@ def _longspec_decoding(
     **model_kwargs: Any,
 ) -> Any:
     """Stands in for `original`, `GenerationMixin._assisted_decoding`; its arguments behind the draft, its outputs."""
-    settings = resolve_tree_settings(draft, generation_config)
+    settings = resolve_tree_settings(draft, generation_config, input_ids.shape[0])
     bound = bind(draft, target)
     prompts = read_prompts(input_ids, model_kwargs, draft.device)
     inputs = {**model_kwargs, "synced_gpus": synced_gpus}

@@ -17,8 +17,9 @@ CREDIT = 4.0
 ENGINE_PATIENCE = 8
 """Rounds of the engine before plain steps are timed, whose graph must be captured first."""
 ENGINE_CERTAIN = 3.0
-"""Mean tokens of the engine's greedy rounds from which on they pay, untimed: up to 128k a round of 64 nodes was
-measured to take at most twice a plain step's time. With sampling the host walks, and rounds are timed."""
+"""Mean tokens of one sequence's greedy rounds from which on they pay, untimed: up to 128k a round of 64 nodes was
+measured to take at most twice a plain step's time. With sampling the host walks, and in a batch the nodes of all
+sequences add up: such rounds are timed."""
 LARGEST_LOSS = 10.0
 """Most that one round is charged, in plain steps: a kernel compiled on the way is no reason to stop for long."""
 

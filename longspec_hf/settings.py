@@ -112,8 +112,13 @@ class TreeSettings:
         )
 
 
-def resolve_tree_settings(draft: LongSpecDraftModel, generation_config: GenerationConfig) -> TreeSettings:
+def resolve_tree_settings(
+    draft: LongSpecDraftModel, generation_config: GenerationConfig, sequences: int = 1
+) -> TreeSettings:
     """Settings of this call. `num_assistant_tokens` limits the depth, as it limits other drafts.
+
+    Args:
+        sequences: of the batch. What is chosen by "auto" begins with smaller trees for more of them.
 
     Raises:
         ValueError: a setting is out of range; the message names it.
@@ -125,12 +130,12 @@ def resolve_tree_settings(draft: LongSpecDraftModel, generation_config: Generati
     validate_tree_settings(**values)
     limit = generation_config.num_assistant_tokens
     if values["tree_shape"] == AUTO:
-        return _automatic(values, draft, max(DEPTHS) if limit is None else max(limit, 0))
+        return _automatic(values, draft, max(DEPTHS) if limit is None else max(limit, 0), sequences)
     settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     return settings if limit is None else settings.limited_to(limit)
 
 
-def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int) -> TreeSettings:
+def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int, sequences: int) -> TreeSettings:
     """Settings of `tree_shape="auto"`: trees no deeper than `depth`, beginning with the usual one of the device."""
     on_cpu, config = draft.device.type == "cpu", draft.config
     first = TreeSettings(**{**values, "tree_shape": DEFAULT_TREE_SHAPE})
@@ -142,7 +147,9 @@ def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int) ->
     if on_cpu:
         candidates = cpu_candidates(sizes, depth)
     else:
-        candidates = packed_candidates(sizes, depth, config.num_attention_heads // config.num_key_value_heads)
+        heads_per_kv_head = config.num_attention_heads // config.num_key_value_heads
+        candidates = packed_candidates(sizes, depth, heads_per_kv_head, sequences)
+        first = replace(first, max_tree_nodes=first.max_tree_nodes // sequences)
     if len(candidates) < 2:
         return first
     start = min(candidates, key=lambda tree: _distance(tree, first))

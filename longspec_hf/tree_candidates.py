@@ -77,18 +77,24 @@ def cpu_candidates(sizes: Sequence[TreeSize], depth: int) -> list[Candidate]:
     return [Candidate((), 0, 1 + branch, branch) for branch in branches] + trees
 
 
-def packed_candidates(sizes: Sequence[TreeSize], depth: int, heads_per_kv_head: int) -> list[Candidate]:
+def packed_candidates(
+    sizes: Sequence[TreeSize], depth: int, heads_per_kv_head: int, sequences: int = 1
+) -> list[Candidate]:
     """Trees for devices where nodes are nearly free: of 16 nodes or more, filled to the last.
 
-    Sizes whose packed rows (`heads_per_kv_head * nodes`) are no multiple of 64 are left out, if there are others.
+    Sizes whose packed rows (`heads_per_kv_head * nodes`) are no multiple of 64 are left out, if there are others. In a
+    batch nodes are not free: all sequences' together are what the weights are multiplied by. There trees may be small.
     """
-    large = [(index, size) for index, size in enumerate(sizes) if size.nodes >= 16]
-    packed = [(index, size) for index, size in large if heads_per_kv_head * size.nodes % PACKED_ROWS == 0]
+    large = [(index, size) for index, size in enumerate(sizes) if size.nodes * sequences >= 16]
+    packed = [
+        (index, size) for index, size in large if sequences > 1 or heads_per_kv_head * size.nodes % PACKED_ROWS == 0
+    ]
     found = packed or large or [(len(sizes) - 1, sizes[-1])]
     return [
         Candidate(_shape(levels, size.width, size.nodes - 1 - size.branch), index, size.nodes, size.branch)
         for index, size in found
         for levels in _depths(depth)
+        if levels < size.nodes
     ]
 
 

@@ -47,3 +47,14 @@ def test_a_call_begins_with_one_of_them(device):
     settings = resolve_tree_settings(draft, GenerationConfig())
     assert settings.of_tree(None) in settings.trees
     assert len(set(settings.trees)) == len(settings.trees)
+
+
+def test_a_batch_may_have_small_trees_and_begins_with_them():
+    with torch.device("meta"):
+        draft = LongSpecDraftModel(LongSpecDraftConfig.from_target(tiny_target().config))
+    for sequences, nodes in ((1, 64), (2, 32), (8, 8), (100, 4)):
+        settings = resolve_tree_settings(draft, GenerationConfig(), sequences)
+        sizes = {tree.max_tree_nodes for tree in settings.trees}
+        assert settings.max_tree_nodes == nodes and 64 in sizes and settings.of_tree(None) in settings.trees
+        assert min(sizes) == (32 if sequences == 1 else max(4, 16 // sequences))  # two heads share keys and values
+        assert all(len(tree.tree_shape) < tree.max_tree_nodes for tree in settings.trees)
