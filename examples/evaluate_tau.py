@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -144,7 +144,7 @@ def _compare(draft, target, evaluator: TauEvaluator, rows: list[dict]) -> None:
     """Run `generate` on the greedy texts with the first tree; its rounds must be the replay's."""
     tree, settings = next(iter(evaluator.trees.items()))
     # Replay counts rounds only, and plain steps come by the clock.
-    settings = asdict(replace(settings, fallback_to_plain=False))
+    settings = replace(settings, fallback_to_plain=False).as_options()
     for text in (text for text in evaluator.texts if text.decoding == "greedy"):
         row = next(
             row for row in rows if row["name"] == text.name and row["tree"] == tree and row["kind"] == text.kind

@@ -56,6 +56,10 @@ class TreeSettings:
     capture_rounds: bool = True
     choices: TreeChoices | None = None
 
+    def as_options(self) -> dict[str, Any]:
+        """The fields as `with_tree_settings` takes them: this tree, nothing to choose."""
+        return {name: getattr(self, name) for name in TREE_SETTINGS}
+
     @property
     def trees(self) -> tuple[TreeSettings, ...]:
         """All trees that rounds of the call may have."""

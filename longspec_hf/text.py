@@ -89,7 +89,8 @@ class HostCriteria:
 
 class TokenDrawer:
     """Draws tokens from the target's logits: per token one processor call, one draw and one criteria call, in that
-    order, on the tensors plain decoding would pass. So equal seeds give equal texts.
+    order, on the tensors plain decoding would pass. So equal seeds give equal texts. Criteria that the host can check
+    by itself are not called.
 
     Attributes:
         scores, logits: per drawn token, `[1, V]` each, where the configuration asks for them, else `None`.
@@ -176,10 +177,14 @@ class TokenDrawer:
     def commit(self, token: torch.Tensor) -> tuple[int, bool]:
         """Append a drawn token `[1]`; returns it and whether generation ends there."""
         self.text.append(token)
-        stop = bool(self.stopping_criteria(self.text.ids, self.scores)[0])
+        drawn = int(token)
+        if self.host_criteria.complete:
+            stop = self.host_criteria.stop(drawn, self.text.length)
+        else:
+            stop = bool(self.stopping_criteria(self.text.ids, self.scores)[0])
         if self.streamer is not None:
             self.streamer.put(token.cpu())
-        return int(token), stop
+        return drawn, stop
 
 
 class OneByOne:

@@ -9,6 +9,8 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -106,7 +108,7 @@ def test_distribution_is_the_targets(candidates, warped):  # C14, C15, C16, C18
     draws, counts = 10_000, torch.zeros(64)
     torch.manual_seed(0)
     for _ in range(draws):
-        drawer = TokenDrawer(TextBuffer(ids), warp, StopAtFive(), generation_config)
+        drawer = TokenDrawer(TextBuffer(ids), warp, StoppingCriteriaList([StopAtFive()]), generation_config)
 
         def draw(node, drawer=drawer):
             return drawer.draw(after[0 if node == 0 else nodes[node - 1] + 1].unsqueeze(0))
@@ -124,10 +126,10 @@ def test_distribution_is_the_targets(candidates, warped):  # C14, C15, C16, C18
     assert chisquare(observed[keep], wanted[keep] / wanted[keep].sum() * draws).pvalue > P_VALUE
 
 
-class StopAtFive:
+class StopAtFive(StoppingCriteria):
     """A criterion that holds once two tokens follow the prompt of three."""
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids, scores, **kwargs):
         return torch.tensor([input_ids.shape[1] >= 5])
 
 

@@ -132,6 +132,25 @@ def test_criteria_are_asked_once_per_position(target, k):
     assert ours.calls == theirs.calls
 
 
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("k", range(1, DEPTH + 3))
+def test_known_criteria_are_the_hosts(target, k, sample, monkeypatch):
+    """End tokens, lengths and the clock: a token costs no device work for them."""
+    ids = prompt(10, seed=4)
+    torch.manual_seed(3)
+    free = target.generate(ids, max_new_tokens=20, do_sample=sample)
+    draft = ScriptedDraft(target, free, "oracle", **BLOCK)
+    kwargs = {"max_new_tokens": 15, "do_sample": sample, "eos_token_id": int(free[0, 9 + k]), "pad_token_id": 0}
+    kwargs["max_time"] = 1000.0
+    torch.manual_seed(3)
+    plain = target.generate(ids, **kwargs)
+    asked = []
+    monkeypatch.setattr(StoppingCriteriaList, "__call__", lambda *args, **kwargs: asked.append(args))
+    torch.manual_seed(3)
+    assert torch.equal(target.generate(ids, assistant_model=draft, **kwargs), plain)
+    assert not asked
+
+
 class Recorder:
     """A streamer that keeps what it is given."""
 

@@ -1,6 +1,6 @@
 """A whole training run on a tiny model: the draft learns, and its target still generates the same text (C71)."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_it_generates_losslessly(trained, sampling):
 
 
 def _generate_with(target, draft, text, settings):
-    config = with_tree_settings(target.generation_config, **asdict(settings))
+    config = with_tree_settings(target.generation_config, **settings.as_options())
     config.update(do_sample=False, max_new_tokens=len(text.output_ids), return_dict_in_generate=True)
     return target.generate(torch.tensor([text.prompt_ids]), generation_config=config, assistant_model=draft)
 
