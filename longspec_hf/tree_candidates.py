@@ -17,6 +17,8 @@ MOST_BEAM_NODES = 64
 """Nodes that are expanded, the root included: what fits one word of ancestor bits."""
 PACKED_ROWS = 64
 """Rows of the attention kernels' tiles: query heads of one K/V head times nodes."""
+LEAST_FILLING = 0.75
+"""Of those tiles. At 128k tokens attention over 32 nodes of 7 heads takes little more than half of that over 64."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,15 @@ def packed_candidates(
 ) -> list[Candidate]:
     """Trees for devices where nodes are nearly free: of 16 nodes or more, filled to the last.
 
-    Sizes whose packed rows (`heads_per_kv_head * nodes`) are no multiple of 64 are left out, if there are others. In a
-    batch nodes are not free: all sequences' together are what the weights are multiplied by. There trees may be small.
+    Sizes whose packed rows (`heads_per_kv_head * nodes`) would leave more than a quarter of their tiles of 64 empty
+    are left out, if there are others: of seven heads' 112, 224 and 448 rows none. In a batch nodes are not free: all
+    sequences' together are what the weights are multiplied by. There trees may be small.
     """
     large = [(index, size) for index, size in enumerate(sizes) if size.nodes * sequences >= 16]
     packed = [
-        (index, size) for index, size in large if sequences > 1 or heads_per_kv_head * size.nodes % PACKED_ROWS == 0
+        (index, size)
+        for index, size in large
+        if sequences > 1 or _filling(heads_per_kv_head * size.nodes) >= LEAST_FILLING
     ]
     found = packed or large or [(len(sizes) - 1, sizes[-1])]
     return [
@@ -96,6 +101,11 @@ def packed_candidates(
         for levels in _depths(depth)
         if levels < size.nodes
     ]
+
+
+def _filling(rows: int) -> float:
+    """Part of their tiles that packed rows take."""
+    return rows / (PACKED_ROWS * -(-rows // PACKED_ROWS))
 
 
 def _depths(depth: int) -> list[int]:
