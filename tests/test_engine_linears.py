@@ -1,0 +1,88 @@
+"""Which projections of a layer are read by their weights, and that both ways compute the same."""
+
+import os
+
+import pytest
+import torch
+from longspec_hf_kernels import add_rms_norm, silu_and_multiply
+from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE
+from torch import nn
+
+from longspec_hf.engine import linears
+from longspec_hf.modeling_longspec import LongSpecMLP
+
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a CPU in Triton's interpreter only"
+)
+HIDDEN, INTERMEDIATE, ROWS = 64, 128, 3
+
+
+class Sizes:
+    hidden_size = HIDDEN
+    intermediate_size = INTERMEDIATE
+    hidden_act = "silu"
+
+
+class Scaled(nn.Linear):
+    """Another kind of layer: its weight is not what it multiplies by."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Runs kernels in the interpreter; says how often a weight was read instead of its module called."""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    counts = {"gated_linear": 0, "linear_add_rms_norm": 0}
+    for name in counts:
+        original = getattr(linears, name)
+
+        def counted(*args, _name=name, _original=original):
+            counts[_name] += 1
+            return _original(*args)
+
+        monkeypatch.setattr(linears, name, counted)
+    return counts
+
+
+def mlp_of(kind):
+    torch.manual_seed(0)
+    mlp = LongSpecMLP(Sizes())
+    if kind == "bias":
+        mlp.up_proj = nn.Linear(HIDDEN, INTERMEDIATE)
+        mlp.down_proj = nn.Linear(INTERMEDIATE, HIDDEN)
+    elif kind == "subclass":
+        mlp.gate_proj = Scaled(HIDDEN, INTERMEDIATE, bias=False)
+        mlp.down_proj = Scaled(INTERMEDIATE, HIDDEN, bias=False)
+    elif kind == "hook":
+        for projection in (mlp.gate_proj, mlp.down_proj):
+            projection.register_forward_hook(lambda module, args, output: 2 * output)
+    elif kind == "replaced forward":
+        for projection in (mlp.up_proj, mlp.down_proj):
+            projection.forward = lambda x, original=projection.forward: 2 * original(x)
+    return mlp.half()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kind", ["ordinary", "bias", "subclass", "hook", "replaced forward"])
+def test_weights_are_read_only_of_ordinary_layers(kind, read):
+    mlp = mlp_of(kind)
+    x, residual = (torch.randn(1, ROWS, HIDDEN, generator=torch.Generator().manual_seed(s)).half() for s in (1, 2))
+    norm = torch.ones(HIDDEN).half()
+    with torch.no_grad():
+        opened = linears.opened_gate(mlp, x)
+        found = linears.project_add_norm(mlp.down_proj, opened, residual, norm, 1e-5)
+        expected = silu_and_multiply(mlp.gate_proj(x), mlp.up_proj(x))
+        torch.testing.assert_close(opened, expected, rtol=4e-3, atol=1e-3)
+        for got, wanted in zip(found, add_rms_norm(mlp.down_proj(opened), residual, norm, 1e-5), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=4e-3, atol=2e-3)
+    assert set(read.values()) == {int(kind == "ordinary")}
+
+
+@needs_interpreter
+def test_what_the_kernels_are_not_made_for_is_called(read):
+    with torch.no_grad():
+        linears.opened_gate(mlp_of("ordinary").float(), torch.randn(1, ROWS, HIDDEN))
+        linears.opened_gate(mlp_of("ordinary"), torch.randn(1, 65, HIDDEN).half())
+    assert read["gated_linear"] == 0
