@@ -12,6 +12,7 @@ from longspec_hf.candidate_generator import LongSpecCandidateGenerator
 from longspec_hf.engine import Engine, support
 from longspec_hf.engine.walk import greedy_walk
 from longspec_hf.hook import CACHE_ARG
+from longspec_hf.pacing import ENGINE_CERTAIN, ENGINE_PATIENCE, Pacer
 from longspec_hf.settings import resolve_tree_settings
 from longspec_hf.target import bind
 from longspec_hf.tree import TokenTree, ancestor_matrix
@@ -201,9 +202,13 @@ def test_a_chat_turn_goes_on_from_the_engines_cache():
     assert torch.equal(out.sequences, call(model, longer).sequences)
 
 
+@pytest.mark.parametrize("changes_hidden", [False, True])
 @pytest.mark.parametrize("shape", [[3], [3, 4, 4], [2, 4, 8, 8]])
-def test_the_trees_are_those_of_the_other_rounds(shape):
-    """The same tokens, parents and scores: ancestors, windows and positions are what they are there."""
+def test_the_trees_are_those_of_the_other_rounds(shape, changes_hidden):
+    """The same tokens, parents and scores: ancestors, windows and positions are what they are there.
+
+    A draft may also change what the layer gives before it reaches the head.
+    """
     model = wide_layers(Qwen2ForCausalLM, Qwen2Config)
     ids = prompt(60, seed=4)
     # A sharp draft, for which it matters what a node has seen.
@@ -212,6 +217,9 @@ def test_the_trees_are_those_of_the_other_rounds(shape):
         for parameter in draft.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)
+    if changes_hidden:
+        offset = 20 * torch.randn(draft.config.hidden_size, generator=torch.Generator().manual_seed(6))
+        draft.next_token_logits = lambda hidden, head, *_: head(hidden + offset)
     settings = resolve_tree_settings(draft, model.generation_config)
     cache = LongSpecCache()
     cache.reserve(200)
@@ -228,6 +236,16 @@ def test_the_trees_are_those_of_the_other_rounds(shape):
             ours = engine.draft(settings).tree
             for name in ("token_ids", "parents", "depths", "valid"):
                 assert torch.equal(getattr(ours, name), getattr(theirs, name)), (token, name)
+
+
+@pytest.mark.parametrize(("sequences", "sample"), [(1, False), (1, True), (2, False)])
+def test_only_greedy_rounds_of_one_sequence_may_go_untimed(sequences, sample, monkeypatch):
+    made = []
+    monkeypatch.setattr("longspec_hf.decoding.Pacer", lambda *args: made.append(Pacer(*args)) or made[-1])
+    model = tiny_target(initializer_range=0.1)
+    call(model, prompt(20, seed=1).expand(sequences, -1), learned(model), do_sample=sample, max_new_tokens=8)
+    assert made[-1].patience == ENGINE_PATIENCE
+    assert made[-1].certain == (ENGINE_CERTAIN if (sequences, sample) == (1, False) else float("inf"))
 
 
 def test_near_ties_that_are_rechecked_are_not_the_engines(engine_rounds):

@@ -59,6 +59,9 @@ def test_tiles_follow_the_device():
     small = DeviceLimits(multiprocessors=20, shared_memory=100 * 1024, dependent_launch=False)
     config = choose_linear(64, 18944, 3584, small, gated=True)
     assert (config.block_k, config.stages, config.mapped) == (64, 3, False)  # nothing is resident at once: smallest
+    # 10 blocks of columns in 4 splits: two programs a multiprocessor, for which only the smallest tiles leave room.
+    config = choose_linear(64, 640, 1280, small, split=True)
+    assert (config.block_k, config.stages, config.splits) == (64, 3, 4)
     assert choose_linear(1, 576, 576, small, split=True).block_k == 64  # 576 is no multiple of 128
     assert choose_linear(1, 64 * 1000, 576, small, split=True).splits == 1
 
@@ -80,6 +83,7 @@ def test_who_is_for_few_rows():
     assert not is_for_few_rows(torch.zeros(65, 256, dtype=HALF), large)
 
 
+@needs_interpreter
 def test_only_kernels_fit(monkeypatch):
     x, weight = torch.zeros(1, 64, dtype=HALF), torch.zeros(8, 64, dtype=HALF)
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
