@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin/
 INSTALLED = $(VENV)/.installed
 OLDEST = $(VENV)/oldest
+QUANTISED = $(VENV)/quantised
 
-.PHONY: demo test test-newest test-oldest lint clean
+.PHONY: demo test test-newest test-oldest test-quantised lint clean
 
 demo: $(INSTALLED)
 	$(BIN)python examples/demo.py
 
-test: lint test-newest test-oldest
+test: lint test-newest test-oldest test-quantised
 
 test-newest: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)python -m pytest -n 2 --dist worksteal
@@ -19,6 +20,10 @@ test-newest: $(INSTALLED)
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)python -m pytest -n 2 --dist worksteal tests/test_hook.py tests/test_fallback.py tests/test_cache.py tests/test_stopping.py \
 		tests/test_modeling.py tests/test_stats.py tests/test_memory.py
+
+# Packages that transformers imports wherever it finds them, so they lie in a folder of their own too.
+test-quantised: $(QUANTISED)/.installed
+	PYTHONPATH=$(QUANTISED) $(BIN)python -m pytest tests/test_gpu_quantised.py
 
 lint: $(INSTALLED)
 	$(BIN)ruff check .
@@ -33,6 +38,10 @@ $(INSTALLED): constraints.txt pyproject.toml
 
 $(OLDEST)/.installed: $(INSTALLED) constraints-oldest.txt
 	$(BIN)python -m pip install --quiet --upgrade --target $(OLDEST) --constraint constraints-oldest.txt transformers
+	touch $@
+
+$(QUANTISED)/.installed: $(INSTALLED)
+	$(BIN)python -m pip install --quiet --no-deps --target $(QUANTISED) --constraint constraints.txt torchao bitsandbytes
 	touch $@
 
 clean:

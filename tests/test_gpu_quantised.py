@@ -87,8 +87,10 @@ def check(model: PreTrainedModel, kind: str, context: int, new_tokens: int) -> N
             assert torch.equal(plain.sequences, out.sequences)
             continue
         assert stats.fallback_reason is None
-        # Behind a near-tie the script no longer fits the text, and what was to be wrong may be right by chance.
-        assert stats.tau > 1 if mode == "noisy" else stats.tau < 1.1
+        if mode == "noisy":
+            assert stats.tau > 1
+        elif torch.equal(plain.sequences, out.sequences):  # behind a difference the script may be right by chance
+            assert stats.tau == 1
         rounds, whole = distances(model, plain, out, context)
         print(f"{kind}, {mode}: tau {stats.tau:.2f}, rounds {rounds:.4f} from plain, usual {whole:.4f}")
         assert rounds <= MOST_APART * whole
