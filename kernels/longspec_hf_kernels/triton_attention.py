@@ -8,6 +8,7 @@ import triton
 from .hopper_attention import hopper_fits, launch_hopper_splits
 from .triton_configs import (
     HOPPER_TILE,
+    LONG_TILE,
     LaunchOptions,
     TileConfig,
     choose_launch,
@@ -17,6 +18,7 @@ from .triton_configs import (
     min_split_tiles,
     padded_head_dim,
     prefers_hopper,
+    prefers_long_tile,
     reduction_chunk,
 )
 from .triton_kernels import combine_splits_kernel, split_attention_kernel
@@ -57,8 +59,10 @@ def plan_splits(
     kv_heads, capacity = key.shape[1], key.shape[2]
     rows = nodes * (heads // kv_heads)
     limits = device_limits(query.device)
-    tile = tile or choose_tile(rows, head_dim, query.dtype, limits)
+    given, tile = tile, tile or choose_tile(rows, head_dim, query.dtype, limits)
     planned = splits or choose_splits(tile, rows, kv_heads, batch, limits)
+    if given is None and prefers_long_tile(rows, head_dim, query.dtype, planned, limits):
+        tile = LONG_TILE
     min_tiles = 1 if splits else min_split_tiles(tile)
     # Splits that no length could fill are not launched; the shares, and so the bits, stay the same.
     most_tiles = capacity // tile.block_n + -(-(tile.block_n + tree_keys) // EDGE_BLOCK)

@@ -61,6 +61,11 @@ WIDE_HALF_TILES = {
     16: TileConfig(block_m=16, block_n=64, num_warps=4, num_stages=2, programs_per_sm=2),
     64: TileConfig(block_m=64, block_n=64, num_warps=8, num_stages=2, programs_per_sm=1),
 }
+# Up to 8 splits leave each so many K/V rows that half as many steps of the softmax outweigh coarser shares.
+LONG_TILE = TileConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, programs_per_sm=1)
+LONG_TILE_HEAD_DIM = 128
+LONG_TILE_ROWS = range(65, 129)
+LONG_TILE_MOST_SPLITS = 8
 # True fp32 products run on the ordinary units with both operands in registers: small tiles only.
 FLOAT_TILES = {16: TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2, programs_per_sm=2)}
 WIDE_FLOAT_TILES = {16: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)}
@@ -141,6 +146,19 @@ def choose_tile(rows: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimi
             return replace(tile, num_stages=1)
 
 
+def prefers_long_tile(rows: int, head_dim: int, dtype: torch.dtype, splits: int, limits: DeviceLimits) -> bool:
+    """Whether `LONG_TILE` is faster than the table's tile, which has the same height and so as many splits."""
+    tile, width = LONG_TILE, head_dim * dtype.itemsize
+    used = width * (tile.block_m + 2 * tile.block_n * tile.num_stages) + RESERVED_SHARED_MEMORY
+    return (
+        rows in LONG_TILE_ROWS
+        and head_dim == LONG_TILE_HEAD_DIM
+        and dtype != torch.float32
+        and splits <= LONG_TILE_MOST_SPLITS
+        and used <= limits.shared_memory
+    )
+
+
 def choose_splits(tile: TileConfig, rows: int, kv_heads: int, batch: int, limits: DeviceLimits) -> int:
     """Splits of the K/V rows such that all programs are resident at once.
 
@@ -166,10 +184,10 @@ def choose_launch(tile: TileConfig, splits: int) -> LaunchOptions:
     """How to launch a call with this tile and so many splits.
 
     A split kernel may come in early where it has a multiprocessor to itself; two programs to one were measured
-    up to 5 % slower that way with grouped heads. Two warps hold the partial results of a chunk of 16 splits,
-    and more rows are merged at once than with four, which wider chunks need for their registers.
+    up to 5 % slower that way with grouped heads. One warp holds the partial results of a chunk of 16 splits,
+    and most rows are merged at once that way; wider chunks need the registers of four.
     """
-    warps = 2 if reduction_chunk(splits) == 16 else 4
+    warps = 1 if reduction_chunk(splits) == 16 else 4
     return LaunchOptions(early_splits=tile.programs_per_sm == 1, early_hopper=True, reduction_warps=warps)
 
 

@@ -123,9 +123,10 @@ def split_attention_kernel(
         clear_tiles = (prefix - first_row) // BLOCK_N
     edge_row = first_row + clear_tiles * BLOCK_N
     work = clear_tiles + (prefix + num_tree_keys - edge_row + EDGE_BLOCK - 1) // EDGE_BLOCK
-    share = tl.maximum((work + num_splits - 1) // num_splits, min_tiles)
-    begin = split * share
-    end = tl.minimum(begin + share, work)
+    # Even shares of no fewer tiles than `min_tiles`; what divides unevenly comes last, where the tiles are small.
+    filled = tl.maximum(tl.minimum(work // min_tiles, num_splits), 1)
+    begin = tl.minimum(split, filled) * work // filled
+    end = tl.minimum(split + 1, filled) * work // filled
 
     q = tl.load(
         query + sequence_wide * stride_qb
@@ -228,11 +229,12 @@ def combine_splits_kernel(
     for begin in range(0, num_splits, BLOCK_S):
         part = begin + tl.arange(0, BLOCK_S)
         lse = tl.load(partial_lse + first + part, mask=part < num_splits, other=float("-inf"))
-        filled = lse > float("-inf")  # the rows of empty splits were never written
         partial = tl.load(
             partial_out + (first + part)[:, None] * HEAD_DIM + dims[None, :],
-            mask=filled[:, None] & dim_ok[None, :], other=0.0,
+            mask=(part < num_splits)[:, None] & dim_ok[None, :], other=0.0,
         )  # fmt: skip
+        # The rows of empty splits were never written. They are read all the same: waiting to know them costs more.
+        partial = tl.where((lse > float("-inf"))[:, None], partial, 0.0)
         weight = tl.exp2(lse - shift)
         total += tl.sum(weight, 0)
         acc += tl.sum(partial * weight[:, None], 0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from longspec_hf_kernels.triton_configs import (
+    LONG_TILE,
     DeviceLimits,
     LaunchOptions,
     choose_launch,
@@ -11,6 +12,7 @@ from longspec_hf_kernels.triton_configs import (
     min_split_tiles,
     padded_head_dim,
     prefers_hopper,
+    prefers_long_tile,
     reduction_chunk,
 )
 
@@ -60,13 +62,30 @@ def test_hopper_is_preferred_for_many_rows_or_for_two_tiles_of_few_splits(rows, 
     assert prefers_hopper(rows, kv_heads, batch, DEVICES["H100"]) == expected
 
 
+@pytest.mark.parametrize(
+    "rows, head_dim, splits, device, expected",
+    [
+        (128, 128, 8, "H100", True),
+        (65, 128, 1, "H100", True),
+        (64, 128, 4, "H100", False),  # one tile of rows holds them
+        (129, 128, 4, "H100", False),  # more than two
+        (112, 128, 16, "H100", False),  # shares of few tiles would differ much
+        (128, 64, 8, "H100", False),  # not measured
+        (128, 128, 8, "A100", False),  # no room for three stages
+    ],
+)
+def test_long_tiles_are_for_two_row_tiles_of_few_splits(rows, head_dim, splits, device, expected):
+    assert prefers_long_tile(rows, head_dim, torch.bfloat16, splits, DEVICES[device]) == expected
+    assert not prefers_long_tile(rows, head_dim, torch.float32, splits, DEVICES[device])
+
+
 @pytest.mark.parametrize("rows", [1, 16, 64, 128, 256])
 @pytest.mark.parametrize("splits", [1, 4, 16, 17, 33, 128])
 def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(rows, splits):
     tile = choose_tile(rows, 128, torch.bfloat16, DEVICES["H100"])
     options = choose_launch(tile, splits)
     assert options.early_splits == (rows <= 128) == (tile.programs_per_sm == 1)
-    assert options.reduction_warps == (2 if splits <= 16 else 4)
+    assert options.reduction_warps == (1 if splits <= 16 else 4)
     for head_dim in (64, 128, 256):
         values = reduction_chunk(splits) * head_dim // (32 * options.reduction_warps)
         assert values <= 128, "half of a thread's registers"
@@ -81,6 +100,15 @@ def test_a_call_without_options_is_launched_as_the_table_says(monkeypatch, hoppe
         plan = triton_attention.plan_splits(query, key, nodes, None, None, hopper=hopper)
         assert plan.options == choose_launch(plan.tile, plan.planned)
         assert plan.early == (nodes == 4) and plan.dependent
+
+
+def test_a_call_has_long_tiles_where_they_are_preferred_and_none_is_given(monkeypatch):
+    triton_attention = pytest.importorskip("longspec_hf_kernels.triton_attention", reason="it launches Triton kernels")
+    monkeypatch.setattr(triton_attention, "device_limits", lambda _: DEVICES["H100"])
+    query, key = torch.zeros(1, 32, 32, 128, dtype=torch.half), torch.zeros(1, 8, 65536, 128, dtype=torch.half)
+    assert triton_attention.plan_splits(query, key, 32, None, None).tile == LONG_TILE
+    given = choose_tile(128, 128, torch.half, DEVICES["H100"])
+    assert triton_attention.plan_splits(query, key, 32, given, None).tile == given != LONG_TILE
 
 
 @pytest.mark.parametrize("device", DEVICES)
