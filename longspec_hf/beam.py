@@ -42,7 +42,7 @@ class Beam:
 
 
 def best_children(
-    scores: torch.Tensor, logits: torch.Tensor, width: int
+    scores: torch.Tensor, logits: torch.Tensor, width: int, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best `width` children, over all nodes of a level, by summed log-probability.
 
@@ -50,11 +50,13 @@ def best_children(
         scores: `[B, k]` of the level's nodes.
         logits: `[B, k, V]` of their next token.
         width: children to keep; fewer are returned when there are only `k * V`.
+        temperature: that the logits are divided by.
 
     Returns:
         scores, parent (0 .. k - 1) and token of the children, each `[B, min(width, k * V)]`, best first.
     """
     per_node = min(width, logits.shape[-1])
+    logits = logits if temperature == 1.0 else logits / temperature
     # Only the kept entries are normalised: the softmax over the vocabulary is never written out.
     values, tokens = logits.topk(per_node, dim=-1)
     log_probs = values - logits.logsumexp(dim=-1, keepdim=True)

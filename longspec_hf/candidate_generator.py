@@ -239,7 +239,7 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         key_depths = torch.zeros(count, 1, dtype=torch.long, device=device)
         for depth, width in enumerate(settings.tree_shape):
             logits = self._expand(level_ids, depth, first_row, visible, key_depths, context)
-            level_scores, parent, level_ids = best_children(level_scores, logits, width)
+            level_scores, parent, level_ids = best_children(level_scores, logits, width, settings.beam_temperature)
             if self.bound.token_ids is not None:
                 level_ids = self.bound.token_ids[level_ids]
             tokens.append(level_ids)

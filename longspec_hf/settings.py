@@ -21,6 +21,7 @@ TREE_SETTINGS = (
     "fallback_to_plain",
     "capture_rounds",
 )
+LOWEST_TEMPERATURE = 0.1
 CPU_SHAPE = (4, 4, 4)
 CPU_TREE = {"tree_shape": CPU_SHAPE, "max_tree_nodes": 8, "ngram_branch_length": 3}
 """The tree that `tree_shape="auto"` begins with on a CPU, and keeps where nothing can be chosen during a call.
@@ -45,7 +46,11 @@ class TreeChoices:
 
 @dataclass(frozen=True)
 class TreeSettings:
-    """See [`LongSpecDraftConfig`] for the fields. With `choices` this is the tree that a call begins with."""
+    """See [`LongSpecDraftConfig`] for the fields. With `choices` this is the tree that a call begins with.
+
+    Attributes:
+        beam_temperature: of the distributions that the draft's paths are scored by: the call's, where it samples.
+    """
 
     tree_shape: tuple[int, ...]
     max_tree_nodes: int
@@ -55,6 +60,7 @@ class TreeSettings:
     fallback_to_plain: bool = True
     capture_rounds: bool = True
     choices: TreeChoices | None = None
+    beam_temperature: float = 1.0
 
     def as_options(self) -> dict[str, Any]:
         """The fields as `with_tree_settings` takes them: this tree, nothing to choose."""
@@ -132,11 +138,18 @@ def resolve_tree_settings(
         chosen = _chosen(name, draft, generation_config)
         values[name] = getattr(draft.config, name) if chosen is None else chosen
     validate_tree_settings(**values)
+    values["beam_temperature"] = _beam_temperature(generation_config)
     limit = generation_config.num_assistant_tokens
     if values["tree_shape"] == AUTO:
         return _automatic(values, draft, max(DEPTHS) if limit is None else max(limit, 0), sequences)
     settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     return settings if limit is None else settings.limited_to(limit)
+
+
+def _beam_temperature(generation_config: GenerationConfig) -> float:
+    """The temperature the target samples at, within what the scores' arithmetic bears; 1 without sampling."""
+    temperature = generation_config.temperature if generation_config.do_sample else None
+    return 1.0 if temperature is None else min(max(float(temperature), LOWEST_TEMPERATURE), 1 / LOWEST_TEMPERATURE)
 
 
 def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int, sequences: int) -> TreeSettings:

@@ -16,6 +16,14 @@ def test_best_children_over_all_nodes():
         assert torch.equal(parent * 7 + token, expected.indices)
 
 
+def test_a_temperature_divides_the_logits_of_all_nodes():
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    scores = torch.tensor([[0.0, -1.0, -0.5], [-2.0, 0.0, -9.0]])
+    cooler, expected = best_children(scores, logits, 9, temperature=0.5), best_children(scores, 2 * logits, 9)
+    torch.testing.assert_close(cooler, expected)
+    assert not torch.equal(cooler[2], best_children(scores, logits, 9)[2])
+
+
 def test_children_see_what_their_parent_sees_and_themselves():
     visible = torch.tensor([[[True, True, False], [True, False, True]]])
     got = children_visibility(visible, torch.tensor([[1, 0, 1]]))[0]

@@ -85,6 +85,22 @@ def test_auto_survives_saving(tmp_path):
     assert tree_of(resolve_tree_settings(draft, GenerationConfig())) == CPU_TREE
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1.0),
+        ({"temperature": 0.5}, 1.0),  # nothing is sampled
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0.8}, 0.8),
+        ({"do_sample": True, "temperature": 1e-9}, 0.1),
+        ({"do_sample": True, "temperature": 100.0}, 10.0),
+    ],
+)
+def test_paths_are_scored_at_the_temperature_of_the_call(options, expected):
+    settings = resolve_tree_settings(draft_with(), GenerationConfig(**options))
+    assert {tree.beam_temperature for tree in settings.trees} == {expected}
+
+
 def test_settings_beside_the_tree_leave_auto():
     settings = resolve_tree_settings(draft_with(), GenerationConfig(ngram_min_match=3, recheck_near_ties=True))
     assert tree_of(settings) == CPU_TREE

@@ -20,7 +20,7 @@ def _ordered(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def best_children_torch(
-    scores: torch.Tensor, logits: torch.Tensor, width: int, *, softcap: float | None = None
+    scores: torch.Tensor, logits: torch.Tensor, width: int, *, softcap: float | None = None, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition of `best_children_fused`."""
     nodes, vocabulary = logits.shape[1:]
@@ -28,7 +28,7 @@ def best_children_torch(
     wide = logits.float()
     if softcap is not None:
         wide = torch.tanh(wide / softcap) * softcap
-    wide = torch.where(unused, 0.0, wide)
+    wide = torch.where(unused, 0.0, wide * (1.0 / temperature))
     tokens = torch.arange(vocabulary, device=logits.device)
     kept = _ordered(wide, tokens).topk(min(width, vocabulary), dim=-1).indices
     values = wide.gather(-1, kept)
@@ -41,7 +41,7 @@ def best_children_torch(
 
 
 def best_children_fused(
-    scores: torch.Tensor, logits: torch.Tensor, width: int, *, softcap: float | None = None
+    scores: torch.Tensor, logits: torch.Tensor, width: int, *, softcap: float | None = None, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best `width` children, over all nodes of a level, by summed log-probability.
 
@@ -51,6 +51,7 @@ def best_children_fused(
         logits: `[B, k, V]` of their next token, in any float dtype; the maths is fp32.
         width: children to keep, at most 64; fewer are returned when there are only `k * V`.
         softcap: c of `tanh(logits / c) * c`, or None.
+        temperature: that the logits are divided by, behind the soft-cap.
 
     Returns:
         scores (fp32), parent (int64, 0 .. k - 1) and token (int64) of the children, each `[B, min(width, k * V)]`,
@@ -74,8 +75,9 @@ def best_children_fused(
     )
     if softcap is not None:
         expect(softcap > 0, f"`softcap` must be positive, got {softcap}: pass None for no soft-cap.")
+    expect(temperature > 0, f"`temperature` must be positive, got {temperature}: pass 1.0 for logits as they are.")
     if uses_triton(logits):
         from .fused_beam_kernel import best_children_triton
 
-        return best_children_triton(scores, logits, width, softcap=softcap)
-    return best_children_torch(scores, logits, width, softcap=softcap)
+        return best_children_triton(scores, logits, width, softcap=softcap, temperature=temperature)
+    return best_children_torch(scores, logits, width, softcap=softcap, temperature=temperature)

@@ -40,7 +40,7 @@ def _index(keys):
 @triton.jit
 def chunk_candidates_kernel(
     scores, logits, keys, tops, sums, stride_sb, stride_sk, stride_lb, stride_lk, stride_lv,
-    nodes, vocabulary, width, softcap,
+    nodes, vocabulary, width, softcap, sharpness,
     CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks, sequences * nodes). Maximum, sum of exponentials and the `width` largest keys of a chunk."""
@@ -57,7 +57,7 @@ def chunk_candidates_kernel(
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1) has the right limits when exp overflows or vanishes.
         values = softcap * (1.0 - 2.0 / (tl.exp(values * (2.0 / softcap)) + 1.0))
-    values = tl.where(mask, values, float("-inf"))
+    values = tl.where(mask, values * sharpness, float("-inf"))
     top = tl.max(values, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     slot = row * tl.num_programs(0) + chunk
@@ -125,7 +125,13 @@ def choose_chunk(rows: int, vocabulary: int) -> int:
 
 
 def best_children_triton(
-    scores: torch.Tensor, logits: torch.Tensor, width: int, *, softcap: float | None = None, chunk: int | None = None
+    scores: torch.Tensor,
+    logits: torch.Tensor,
+    width: int,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`best_children_torch` in two launches.
 
@@ -156,6 +162,7 @@ def best_children_triton(
         vocabulary,
         width,
         softcap or 1.0,
+        1.0 / temperature,
         CHUNK=chunk,
         SOFTCAP=softcap is not None,
         num_warps=max(1, chunk // WARP_ELEMENTS),

@@ -149,7 +149,7 @@ def time_parts(engine: Engine, settings: TreeSettings) -> dict[str, float]:
             )
 
     def beam() -> None:
-        engine.forward.beam(state, settings.tree_shape, drafted.cos, drafted.sin)
+        engine.forward.beam(state, settings, drafted.cos, drafted.sin)
 
     parts = {
         "draft": lambda: engine.draft(settings),

@@ -20,6 +20,7 @@ from ..beam import Beam
 from ..cache import LongSpecCache
 from ..draft_window import DraftWindow
 from ..modeling_longspec import LongSpecAttention, LongSpecDraftModel
+from ..settings import TreeSettings
 from ..target import BoundTarget
 from .linears import opened_gate, project_add_norm, queries_keys_values
 from .state import RoundState
@@ -60,15 +61,15 @@ class DraftForward:
     cache: LongSpecCache
     known: dict[tuple[tuple[int, ...], int], list[Level]] = field(default_factory=dict)
 
-    def beam(self, state: RoundState, tree_shape: tuple[int, ...], cos: torch.Tensor, sin: torch.Tensor) -> Beam:
+    def beam(self, state: RoundState, settings: TreeSettings, cos: torch.Tensor, sin: torch.Tensor) -> Beam:
         """Expand level by level, keeping at each depth the paths of highest summed log-probability.
 
         Args:
             state: where the call stands.
-            tree_shape: nodes to keep at each depth.
+            settings: nodes to keep at each depth, and the temperature of their scores.
             cos, sin: `[b, depths, rotary_dim]` of the root's position and those after it.
         """
-        count, device = state.sequences, state.roots.device
+        count, device, tree_shape = state.sequences, state.roots.device, settings.tree_shape
         if not tree_shape:
             return Beam.empty(count, device)
         levels = self.levels(tree_shape, count)
@@ -79,7 +80,9 @@ class DraftForward:
         for depth, (width, level) in enumerate(zip(tree_shape, levels, strict=True)):
             rotary = (cos[:, depth : depth + 1], sin[:, depth : depth + 1])
             logits = self._expand(state, level_ids, bits, level, rotary)
-            level_scores, parent, level_ids = best_children_fused(level_scores, logits, width)
+            level_scores, parent, level_ids = best_children_fused(
+                level_scores, logits, width, temperature=settings.beam_temperature
+            )
             if self.bound.token_ids is not None:
                 level_ids = self.bound.token_ids[level_ids]
             tokens.append(level_ids)

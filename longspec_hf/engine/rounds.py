@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -205,6 +205,7 @@ class Engine:
 
     def _kind(self, name: str, settings: TreeSettings) -> tuple:
         """What decides which kernels a part of a round needs, for one target and draft."""
+        settings = replace(settings, beam_temperature=1.0)
         return (name, settings, type(self.target), self.state.sequences, self.state.starts is None)
 
     def _greedy(self, settings: TreeSettings) -> torch.Tensor:
@@ -241,7 +242,7 @@ class Engine:
             root = TokenTree.root_only(state.roots)
             itself = root.valid.unsqueeze(-1)
             return Drafted(root, itself, itself.long(), cos, sin)
-        beam = self.forward.beam(state, settings.tree_shape, cos, sin)
+        beam = self.forward.beam(state, settings, cos, sin)
         self._widths[settings] = beam.widths
         branch = state.branches[:, : settings.ngram_branch_length]
         *nodes, bits, ancestors = merge_tree(

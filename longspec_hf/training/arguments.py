@@ -17,6 +17,8 @@ class LongSpecTrainingArguments(TrainingArguments):
     Args:
         ce_weight: weight of the cross-entropy on the text, the paper's loss.
         kl_weight: weight of the KL divergence from the target's distribution.
+        loss_temperature: that the draft's and the target's logits are divided by in both losses: where texts will be
+            sampled at 0.8 or greedily, 0.8 leaves tokens aside that are never drawn there.
         max_cross_attention_shift: cross-attention of a step is shifted by a number drawn from 1 to this, since at
             inference the newest target rows do not exist yet. The depth of the tree is a good value.
         shift_groups: parts a batch is split into by rows, each with a shift of its own.
@@ -34,6 +36,7 @@ class LongSpecTrainingArguments(TrainingArguments):
 
     ce_weight: float = field(default=0.1, metadata={"help": "Weight of the cross-entropy on the text."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL to the target's distribution."})
+    loss_temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions in the losses."})
     max_cross_attention_shift: int = field(default=4, metadata={"help": "Largest shift of the cross-attention."})
     shift_groups: int = field(default=1, metadata={"help": "Parts of a batch with a shift of their own."})
     loss_chunk_elements: int | None = field(default=None, metadata={"help": "Logits held at once in the loss."})
@@ -50,6 +53,8 @@ class LongSpecTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.ce_weight == self.kl_weight == 0:
             raise ValueError("`ce_weight` and `kl_weight` are both 0, expected a loss. Set at least one of them.")
+        if self.loss_temperature <= 0:
+            raise ValueError(f"`loss_temperature` must be positive, got {self.loss_temperature}. 1.0 leaves the logits.")
         for name in ("max_cross_attention_shift", "shift_groups", "loss_chunk_elements"):
             value = getattr(self, name)
             if value is not None and value < 1:

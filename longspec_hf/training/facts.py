@@ -26,6 +26,7 @@ def training_facts(args: LongSpecTrainingArguments, state: TrainerState) -> dict
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "cross_entropy_weight": args.ce_weight,
         "kl_weight": args.kl_weight,
+        "loss_temperature": args.loss_temperature,
         "largest_cross_attention_shift": args.max_cross_attention_shift,
         "seed": args.seed,
     }

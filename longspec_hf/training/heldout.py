@@ -176,7 +176,7 @@ def generate_outputs(
         for index, row_ids in zip(batch, output[:, length:].tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(row_ids) if token in ends), len(row_ids))
             prompt = prompts[index]
-            texts[index] = TauInput(prompt.prompt_ids, row_ids[:end], prompt.name, prompt.kind, decoding)
+            texts[index] = TauInput(prompt.prompt_ids, row_ids[:end], prompt.name, prompt.kind, decoding, temperature)
     return [texts[index] for index in range(len(prompts))]
 
 

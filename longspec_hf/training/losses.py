@@ -6,6 +6,8 @@ distribution p over the same tokens::
     cross-entropy   -log q_y                      gradient wrt z: q - onehot(y)
     KL              sum_v p_v (log p_v - log q_v)  gradient wrt z: q - p
 
+Both distributions may be those of logits over a temperature; z then stands for the divided logits.
+
 The head is frozen, so the gradient of the hidden state is that row times the head's matrix. It is computed together
 with the loss, chunk by chunk, and kept (`[tokens, hidden]`) for the backward pass. `naive_loss` is the definition.
 """
@@ -30,17 +32,20 @@ class FrozenHead(NamedTuple):
         weight: `[V, hidden]`.
         bias: `[V]` or `None`.
         softcap: final logits become `softcap * tanh(logits / softcap)`; `None` leaves them.
+        temperature: that the logits are divided by, behind the soft-cap.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     softcap: float | None = None
+    temperature: float = 1.0
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., V]` of `[..., hidden]`, in fp32 (fp64 stays fp64)."""
         raw = F.linear(hidden, self.weight, self.bias)
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+        capped = raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+        return capped if self.temperature == 1.0 else capped / self.temperature
 
 
 class LossSums(NamedTuple):
@@ -122,9 +127,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return gradient * grad_total.to(gradient.dtype), *(None,) * 7
 
 
-def _chunk(hidden, teacher_hidden, labels, mask, weight, bias, softcap, ce_weight: float, kl_weight: float):
+def _chunk(
+    hidden, teacher_hidden, labels, mask, weight, bias, softcap, temperature, ce_weight: float, kl_weight: float
+):
     """Sums `[2]` (cross-entropy, KL) of one chunk and the gradient `[rows, hidden]` of their weighted sum."""
-    head = FrozenHead(weight, bias, softcap)
+    head = FrozenHead(weight, bias, softcap, temperature)
     logits = head.logits(hidden)
     log_q = logits.log_softmax(-1)
     counts = labels != IGNORED
@@ -142,7 +149,9 @@ def _chunk(hidden, teacher_hidden, labels, mask, weight, bias, softcap, ce_weigh
         gradient = log_q.exp_().mul_(ce_scale)
     gradient = gradient.scatter_add_(-1, index, -ce_scale)
     if softcap is not None:
-        gradient = gradient.mul_(1 - (logits / softcap) ** 2)
+        gradient = gradient.mul_(1 - (logits * temperature / softcap) ** 2)
+    if temperature != 1.0:
+        gradient = gradient.div_(temperature)
     return torch.stack([ce, kl]), gradient.to(weight.dtype) @ weight
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class TauInput:
         name: what the prompt is, for tables.
         kind: the task, for tables.
         decoding: how the output was generated, for tables.
+        temperature: it was sampled at; 0 is greedy.
     """
 
     prompt_ids: list[int]
@@ -45,6 +46,7 @@ class TauInput:
     name: str = ""
     kind: str = ""
     decoding: str = "greedy"
+    temperature: float = 0.0
 
     @property
     def looping(self) -> bool:
@@ -115,6 +117,7 @@ def replay(
     cache: Any = _KnownCache(bound.layer_idx, layer)
     results = []
     for setting in settings:
+        setting = replace(setting, beam_temperature=text.temperature or 1.0)
         stats = SpeculationStats(committed=1, committed_by_prefill=1)
         generator = LongSpecCandidateGenerator(draft, bound, setting)
         generator.start([text.prompt_ids], positions[None, : len(text.prompt_ids)])

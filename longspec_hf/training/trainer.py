@@ -188,7 +188,7 @@ class LongSpecTrainer(Trainer):
             bound = bind(draft, self.target_model, mixed_precision=True)
             decoder = self.target_model.get_decoder()
             weight, bias = bound.head.matrix(draft.config.hidden_size, decoder.dtype, decoder.device)
-            head = FrozenHead(weight, bias, bound.logit_softcap)
+            head = FrozenHead(weight, bias, bound.logit_softcap, self.args.loss_temperature)
             self._borrowed = bound, head, rows_of_tokens(bound.token_ids, draft.config.vocab_size)
         return self._borrowed
 

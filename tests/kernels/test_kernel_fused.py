@@ -218,6 +218,17 @@ def test_beam_kernels(in_triton, sizes, softcap, dtype):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_beam_kernels_divide_by_the_temperature(in_triton, softcap):
+    scores, logits = beam_problem(4, 300, torch.float32)
+    got = best_children_fused(scores, logits, 8, softcap=softcap, temperature=0.7)
+    capped = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    assert_best(got, child_scores(scores, capped / 0.7, None), 8)
+    for run, right in zip(got, best_children_torch(scores, capped, 8, temperature=0.7), strict=True):
+        torch.testing.assert_close(run, right)
+
+
+@needs_interpreter
 def test_beam_kernels_read_any_strides(in_triton):
     scores, logits = beam_problem(4, 300, torch.float32)
     expected = best_children_torch(scores[:, ::2], logits[:, ::2, ::2], 5)
@@ -377,6 +388,7 @@ ROWS = (torch.tensor([1]), torch.tensor([[0, 1]]), torch.tensor([1]))
         ("logits", lambda: best_children_fused(torch.zeros(1, 65), torch.zeros(1, 65, 4), 4)),
         ("width", lambda: best_children_fused(X[..., 0], X, 65)),
         ("softcap", lambda: best_children_fused(X[..., 0], X, 4, softcap=0.0)),
+        ("temperature", lambda: best_children_fused(X[..., 0], X, 4, temperature=0.0)),
         ("buffers", lambda: RowMover([])),
         ("buffers", lambda: RowMover([X])),
         ("visited", lambda: RowMover([X[None]]).move(ROWS[0], ROWS[1].int(), ROWS[2])),

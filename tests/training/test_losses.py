@@ -12,13 +12,13 @@ EXACT = 1e-10  # fp64, the same sums in another order
 FP32 = 1e-5  # relative; sums of a few hundred fp32 terms
 
 
-def _case(dtype, softcap=None, bias=False, rows=37, hidden=16, vocab=29, seed=0):
+def _case(dtype, softcap=None, bias=False, rows=37, hidden=16, vocab=29, seed=0, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    head = FrozenHead(draw(vocab, hidden), draw(vocab) if bias else None, softcap)
+    head = FrozenHead(draw(vocab, hidden), draw(vocab) if bias else None, softcap, temperature)
     labels = torch.randint(0, vocab, (rows,), generator=generator)
     labels[::5] = -100
     mask = torch.rand(rows, generator=generator) > 0.3
@@ -30,8 +30,9 @@ def _case(dtype, softcap=None, bias=False, rows=37, hidden=16, vocab=29, seed=0)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)], ids=["ce", "kl", "both"])
 @pytest.mark.parametrize("chunk", [29, 29 * 8, 29 * 1000], ids=["one row", "8 rows", "all"])
-def test_equals_the_definition(dtype, tolerance, softcap, bias, weights, chunk):
-    hidden, *rest = _case(dtype, softcap, bias)
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_equals_the_definition(dtype, tolerance, softcap, bias, weights, chunk, temperature):
+    hidden, *rest = _case(dtype, softcap, bias, temperature=temperature)
     expected = naive_loss(hidden, *rest, *weights)
     (expected_gradient,) = torch.autograd.grad(3.0 * expected.total, hidden)
     found = chunked_loss(hidden, *rest, *weights, chunk_elements=chunk)
@@ -41,8 +42,14 @@ def test_equals_the_definition(dtype, tolerance, softcap, bias, weights, chunk):
     torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
 
 
+def test_temperature_divides_the_logits_of_both():
+    hidden, head, *rest = _case(torch.float64, temperature=0.5)
+    sharper = FrozenHead(2 * head.weight)
+    torch.testing.assert_close(chunked_loss(hidden, head, *rest, 0.3, 0.7), chunked_loss(hidden, sharper, *rest, 0.3, 0.7))
+
+
 def test_gradient_by_finite_differences():
-    hidden, head, labels, teacher, mask = _case(torch.float64, softcap=5.0, rows=5, hidden=4, vocab=7)
+    hidden, head, labels, teacher, mask = _case(torch.float64, 5.0, rows=5, hidden=4, vocab=7, temperature=0.7)
     torch.autograd.gradcheck(lambda h: chunked_loss(h, head, labels, teacher, mask, 0.4, 0.6, 14).total, (hidden,))
 
 
