@@ -317,5 +317,5 @@ def _node_drawer(drawer: TokenDrawer, logits: torch.Tensor, leave_near_ties: boo
     if not drawer.is_plain_argmax:
         return lambda node: drawer.draw(logits[node : node + 1])
     # In fp32, as plain decoding compares them: in fp64 two logits may differ that are equal there.
-    best = logits.float().argmax(dim=-1)
-    return lambda node: drawer.commit(best[node : node + 1].to(drawer.text.ids.device))
+    best = logits.float().argmax(dim=-1).tolist()
+    return lambda node: drawer.commit(best[node])

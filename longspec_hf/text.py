@@ -39,8 +39,8 @@ class TextBuffer:
         """View of the ids so far; tokens appended later do not change it."""
         return self._buffer[:, : self.length]
 
-    def append(self, token: torch.Tensor) -> None:
-        """Append one token `[1]`."""
+    def append(self, token: int) -> None:
+        """Append one token."""
         if self.length == self._buffer.shape[1]:
             self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
         self._buffer[:, self.length] = token
@@ -148,17 +148,15 @@ class TokenDrawer:
         if self.logits is not None:
             self.logits += (raw,)
         if self.do_sample:
-            token = torch.multinomial(torch.softmax(processed, dim=-1), num_samples=1).squeeze(1)
-        else:
-            token = torch.argmax(processed, dim=-1)
-        return self.commit(token)
+            return self.commit(draw_one(torch.softmax(processed, dim=-1)))
+        return self.commit(int(torch.argmax(processed, dim=-1)))
 
     def commit_all(self, tokens: Sequence[int]) -> tuple[list[int], bool]:
         """Append drawn tokens one by one, up to where generation ends; returns those appended and whether it does."""
         kept: list[int] = []
         if not self.host_criteria.complete:
             for token in tokens:
-                _, stop = self.commit(torch.tensor([token], device=self.text.ids.device))
+                _, stop = self.commit(token)
                 kept.append(token)
                 if stop:
                     return kept, True
@@ -174,17 +172,16 @@ class TokenDrawer:
         self.text.append_all(kept)
         return kept, stop
 
-    def commit(self, token: torch.Tensor) -> tuple[int, bool]:
-        """Append a drawn token `[1]`; returns it and whether generation ends there."""
+    def commit(self, token: int) -> tuple[int, bool]:
+        """Append a drawn token; returns it and whether generation ends there."""
         self.text.append(token)
-        drawn = int(token)
         if self.host_criteria.complete:
-            stop = self.host_criteria.stop(drawn, self.text.length)
+            stop = self.host_criteria.stop(token, self.text.length)
         else:
             stop = bool(self.stopping_criteria(self.text.ids, self.scores)[0])
         if self.streamer is not None:
-            self.streamer.put(token.cpu())
-        return drawn, stop
+            self.streamer.put(torch.tensor([token]))
+        return token, stop
 
 
 class OneByOne:
@@ -203,6 +200,24 @@ class OneByOne:
 
     def end(self) -> None:
         self.streamer.end()
+
+
+def draw_one(probabilities: torch.Tensor) -> int:
+    """Draw an index: the one `torch.multinomial(probabilities, 1)` would, and as many random numbers.
+
+    Both let exponential clocks of these rates race and take the first to ring. But `multinomial` waits for the device
+    twice to check its argument, which here is checked by what is read anyway.
+
+    Args:
+        probabilities: `[1, V]`.
+
+    Raises:
+        RuntimeError: what `multinomial` raises where they are no probabilities.
+    """
+    clocks = torch.empty_like(probabilities).exponential_(1)
+    rate, index = (probabilities / clocks).max(dim=-1)
+    drawn = int(torch.where(rate > 0, index, -1))
+    return drawn if drawn >= 0 else int(torch.multinomial(probabilities, num_samples=1))
 
 
 def near_ties(scores: torch.Tensor, dtype: torch.dtype, ulps: float = NEAR_TIE_ULPS) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from longspec_hf.text import TextBuffer, TokenDrawer
+from longspec_hf.text import TextBuffer, TokenDrawer, draw_one
 from longspec_hf.verification import walk
 
 NEW_TOKENS = 24
@@ -33,6 +33,23 @@ SETTINGS = {
     "prefix_allowed": {"prefix_allowed_tokens_fn": lambda batch, ids: list(range(len(ids) % 3, VOCAB, 3))},
     "together": {"temperature": 0.7, "top_k": 8, "top_p": 0.9, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
 }
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 49152])
+def test_one_draw_is_multinomials_and_takes_as_many_random_numbers(size):
+    probabilities = torch.softmax(3 * torch.randn(1, size, generator=torch.Generator().manual_seed(size)), dim=-1)
+    probabilities[0, 1:-1:2] = 0.0  # what a processor has masked
+    for seed in range(30):
+        torch.manual_seed(seed)
+        expected = int(torch.multinomial(probabilities, num_samples=1)), torch.rand(1)
+        torch.manual_seed(seed)
+        assert (draw_one(probabilities), torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0], ids=["nan", "negative"])
+def test_no_draw_from_what_is_no_distribution(bad):
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        draw_one(torch.tensor([[bad, bad, bad]]))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

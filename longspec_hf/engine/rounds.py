@@ -70,7 +70,7 @@ class Engine:
         self._state: RoundState | None = None
         self._widths: dict[TreeSettings, tuple[int, ...]] = {}
         self._beams: Beam | list[list[int]] | None = None
-        self._walks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._walks: dict[tuple[int, int], torch.Tensor] = {}
 
     def load(self, limits: Sequence[int], starts: torch.Tensor | None) -> None:
         """Take over where the first `len(limits)` sequences stand, from the host's books."""
@@ -166,11 +166,11 @@ class Engine:
     ) -> None:
         """Commit what the caller's walks visited and drew."""
         most = settings.longest_path
-        places, drawn, counts = self._given(most)
-        padded = [[[*row, *[0] * (most - len(row))] for row in rows] for rows in (visited, tokens)]
-        places.copy_(torch.tensor(padded[0]))
-        drawn.copy_(torch.tensor(padded[1]))
-        counts.copy_(torch.tensor([len(row) for row in tokens], dtype=torch.int32))
+        padded = [
+            [len(new), *nodes, *[0] * (most - len(nodes)), *new, *[0] * (most - len(new))]
+            for nodes, new in zip(visited, tokens, strict=True)
+        ]
+        self._given(most).copy_(torch.tensor(padded))
         self._captured("commit", settings)()
         self.generator.window.advance([len(row) for row in tokens])
 
@@ -225,7 +225,9 @@ class Engine:
         return drafted, self.verify(drafted)
 
     def _commit(self, settings: TreeSettings) -> None:
-        visited, tokens, counts = self._given(settings.longest_path)
+        most = settings.longest_path
+        counts, visited, tokens = self._given(most).split([1, most, most], dim=1)
+        counts = counts.squeeze(1).int()
         drafted, _ = self._captured("verify", settings).result
         self.commit_paths(drafted, visited, counts, tokens)
 
@@ -303,11 +305,9 @@ class Engine:
         branches = torch.tensor([[*tokens, *[-1] * (length - len(tokens))] for tokens in copied])
         self.state.branches[:, :length].copy_(branches)
 
-    def _given(self, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a walk on the host puts visited nodes and tokens `[b, P]`, and their counts `[b]`."""
-        shape = (self.state.sequences, most)
+    def _given(self, most: int) -> torch.Tensor:
+        """`[b, 1 + 2 P]`: where a walk on the host puts the number of its tokens, the visited nodes and the tokens."""
+        shape = (self.state.sequences, 1 + 2 * most)
         if shape not in self._walks:
-            places = torch.zeros(shape, dtype=torch.long, device=self.device)
-            counts = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
-            self._walks[shape] = (places, torch.zeros_like(places), counts)
+            self._walks[shape] = torch.zeros(shape, dtype=torch.long, device=self.device)
         return self._walks[shape]
