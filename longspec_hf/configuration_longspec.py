@@ -70,7 +70,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
     draft_vocab_size: int | None = None
     tree_shape: list[int] | str = AUTO
     max_tree_nodes: int = 64
-    ngram_branch_length: int = 8
+    ngram_branch_length: int = 32
     ngram_min_match: int = 2
     recheck_near_ties: bool = False
     fallback_to_plain: bool = True

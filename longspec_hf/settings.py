@@ -29,6 +29,8 @@ CPU_TREE = {"tree_shape": CPU_SHAPE, "max_tree_nodes": 8, "ngram_branch_length":
 There a forward's time grows with its rows from the first few on, so the nodes of the general tree cost more than the
 tokens they add.
 """
+CPU_BRANCH = 8
+"""Longest branch there beside a shape of the user's, where only the draft's configuration says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ def resolve_tree_settings(
     values["beam_temperature"] = _beam_temperature(generation_config)
     limit = generation_config.num_assistant_tokens
     if values["tree_shape"] == AUTO:
-        return _automatic(values, draft, max(DEPTHS) if limit is None else max(limit, 0), sequences)
+        return _automatic(values, draft, limit, sequences)
+    if draft.device.type == "cpu" and _chosen("ngram_branch_length", draft, generation_config) is None:
+        values["ngram_branch_length"] = min(values["ngram_branch_length"], CPU_BRANCH)
     settings = TreeSettings(**{**values, "tree_shape": tuple(values["tree_shape"])})
     return settings if limit is None else settings.limited_to(limit)
 
@@ -152,15 +156,18 @@ def _beam_temperature(generation_config: GenerationConfig) -> float:
     return 1.0 if temperature is None else min(max(float(temperature), LOWEST_TEMPERATURE), 1 / LOWEST_TEMPERATURE)
 
 
-def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, depth: int, sequences: int) -> TreeSettings:
-    """Settings of `tree_shape="auto"`: trees no deeper than `depth`, beginning with the usual one of the device."""
+def _automatic(values: dict[str, Any], draft: LongSpecDraftModel, limit: int | None, sequences: int) -> TreeSettings:
+    """Settings of `tree_shape="auto"`: trees no deeper than `limit`, beginning with the usual one of the device."""
     on_cpu, config = draft.device.type == "cpu", draft.config
     first = TreeSettings(**{**values, "tree_shape": DEFAULT_TREE_SHAPE})
     if on_cpu:
         nodes, branch = (min(values[name], CPU_TREE[name]) for name in ("max_tree_nodes", "ngram_branch_length"))
         first = replace(first, tree_shape=CPU_SHAPE, max_tree_nodes=nodes, ngram_branch_length=branch)
-    first = first.limited_to(depth)
-    sizes = tree_sizes(values["max_tree_nodes"], min(values["ngram_branch_length"], depth))
+    depth, branch = max(DEPTHS), values["ngram_branch_length"]
+    if limit is not None:
+        depth = max(limit, 0)
+        first, branch = first.limited_to(depth), min(branch, depth)
+    sizes = tree_sizes(values["max_tree_nodes"], branch)
     if on_cpu:
         candidates = cpu_candidates(sizes, depth)
     else:

@@ -7,9 +7,9 @@ from transformers import GenerationConfig
 
 from longspec_hf import LongSpecDraftConfig, LongSpecDraftModel
 from longspec_hf.configuration_longspec import DEFAULT_TREE_SHAPE
-from longspec_hf.settings import CPU_TREE, resolve_tree_settings
+from longspec_hf.settings import CPU_TREE, resolve_tree_settings, with_tree_settings
 
-GENERAL = {"tree_shape": DEFAULT_TREE_SHAPE, "max_tree_nodes": 64, "ngram_branch_length": 8}
+GENERAL = {"tree_shape": DEFAULT_TREE_SHAPE, "max_tree_nodes": 64, "ngram_branch_length": 8}  # on a CPU
 
 
 def tree_of(settings):
@@ -27,7 +27,9 @@ def test_a_cpu_begins_with_a_tree_of_its_own():
 
 
 def test_other_devices_begin_with_the_general_tree():
-    assert tree_of(resolve_tree_settings(draft_with("meta"), GenerationConfig())) == GENERAL
+    settings = resolve_tree_settings(draft_with("meta"), GenerationConfig())
+    assert tree_of(settings) == {**GENERAL, "ngram_branch_length": 32}
+    assert max(len(tree.tree_shape) for tree in settings.trees) == 8
 
 
 def given_at(level, device="cpu", **given):
@@ -76,6 +78,16 @@ def test_limits_of_the_user_hold_for_all_trees(device, level):
 def test_other_words_are_refused(level, value):
     with pytest.raises(ValueError, match='`tree_shape` must be "auto" or a list of integers'):
         given_at(level, tree_shape=value)
+
+
+def test_on_a_cpu_the_configurations_branch_is_cut_and_the_users_is_not():
+    draft = draft_with(tree_shape=[3, 5])
+    assert draft.config.ngram_branch_length == 32
+    assert resolve_tree_settings(draft, GenerationConfig()).ngram_branch_length == 8
+    asked = with_tree_settings(GenerationConfig(), ngram_branch_length=20)
+    assert resolve_tree_settings(draft, asked).ngram_branch_length == 20
+    shorter = draft_with(tree_shape=[3, 5], ngram_branch_length=4)
+    assert resolve_tree_settings(shorter, GenerationConfig()).ngram_branch_length == 4
 
 
 def test_auto_survives_saving(tmp_path):

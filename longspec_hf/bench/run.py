@@ -41,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--dtype", default="bfloat16", help="of both models, default %(default)s")
     models.add_argument("--shape", choices=SHAPES, help="random weights of these sizes, with a scripted draft")
     models.add_argument("--tau", type=float, default=3.5, help="tokens a round of the scripted draft, default 3.5")
+    models.add_argument(
+        "--tree-shape", type=int, nargs="+", default=list(DEFAULT_TREE_SHAPE), help="of the scripted draft"
+    )
+    models.add_argument("--max-tree-nodes", type=int, default=64, help="of the scripted draft, default %(default)s")
     models.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768], help="prompt lengths in tokens")
     models.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     models.add_argument(
@@ -105,10 +109,9 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedMode
             raise ValueError("`draft` must name a draft, got none.")
         return pair.target, pair.draft
     target = counting_target(args.shape, device, getattr(torch, args.dtype))
-    draft = guessing_draft(target, tree_shape=list(DEFAULT_TREE_SHAPE))
-    depth = len(DEFAULT_TREE_SHAPE)
+    draft = guessing_draft(target, tree_shape=args.tree_shape, max_tree_nodes=args.max_tree_nodes)
     positions = max(args.contexts) + 2 * args.new_tokens + 4096
-    draft.set_guesses(rate_for(args.tau, depth), max(args.batch), positions)
+    draft.set_guesses(rate_for(args.tau, len(args.tree_shape)), max(args.batch), positions)
     return target, draft
 
 
