@@ -71,8 +71,10 @@ class DraftWindow:
         return self._lengths
 
     def make_room(self, sequences: int, rows: int) -> bool:
-        """Let the first sequences take `rows` (at most `window`) rows more without a move; says whether one moved."""
-        full = [row for row in range(sequences) if self._lengths[row] + rows > 2 * self.window]
+        """Let the first sequences take so many rows (at most `tree_rows`) without a move; says whether one moved."""
+        # With no more than a window there is room: that and a tree's rows fit, whatever their proportion.
+        lengths = self._lengths[:sequences]
+        full = [row for row, held in enumerate(lengths) if held > self.window and held + rows > 2 * self.window]
         for row in full:
             self._move_to_front(row)
         if full:

@@ -37,8 +37,9 @@ class TreeSize:
 
 
 SIZES = (TreeSize(4, 2, 2), TreeSize(8, 4, 3), TreeSize(16, 8, 8), TreeSize(32, 8, 16), TreeSize(64, 16, 32))
-"""Half of a large tree goes to the branch: in a replay of sampled and greedy texts that gave the most tokens, since once
-two tokens have occurred before, the tenth of the copy is committed more often than the beam's fortieth node."""
+"""Half of a large tree goes to the branch: in a replay that gave the most tokens, on texts that loop and on others.
+Where the last two tokens have occurred before, the tenth of the copy is committed more often than the beam's fortieth
+node."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from models import ScriptedDraft, learned, prompt, tiny_target
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from longspec_hf.cache import LongSpecCache
 from longspec_hf.candidate_generator import LongSpecCandidateGenerator
@@ -136,13 +136,15 @@ def test_rows_of_a_batch_end_and_leave_the_state(engine_rounds):
     assert engine_rounds["greedy_round"] == out.speculation_stats.rounds
 
 
-def test_the_window_moves_and_the_buffers_grow(engine_rounds, monkeypatch):
+@pytest.mark.parametrize("branch", [8, 40], ids=["short", "longer than the window"])
+def test_the_window_moves_and_the_buffers_grow(branch, engine_rounds, monkeypatch):
     monkeypatch.setattr("longspec_hf.cache_layer.GROWTH_ROWS", 64)
     monkeypatch.setattr("longspec_hf.hook.GROWTH_ROWS", 64)
     model = tiny_target(initializer_range=0.1)
-    ids = prompt(50, seed=3)
+    ids = prompt(50 if branch < 16 else 4, seed=3)
     plain = call(model, ids, max_new_tokens=200).sequences
     draft = ScriptedDraft(model, plain, "noisy", sliding_window=16)
+    draft.generation_config = GenerationConfig(ngram_branch_length=branch, max_tree_nodes=64)
     moves = []
     original = Engine.prepare
 

@@ -75,6 +75,18 @@ def test_first_round_accepts_as_later_ones(target):  # C53
     assert stats.rounds == 1 and stats.committed == 5
 
 
+def test_a_window_has_room_for_a_path_longer_than_itself():
+    window = DraftWindow(4, 11, (1, 1, 1), torch.float32, torch.device("cpu"))
+    for _ in range(5):
+        window.make_room(1, 9)
+        held = window.row_lengths[0]
+        rows = torch.arange(held, held + 9).float().view(1, 1, 9, 1)
+        window.write_tree(0, rows, rows)  # of which all are committed
+        window.advance([9])
+    assert window.keys[0, 0, window.row_lengths[0] - 9 : window.row_lengths[0], 0].tolist() == rows.flatten().tolist()
+    assert window.row_lengths[0] <= 2 * 4 + 11
+
+
 def test_window_keeps_the_last_rows_in_order():
     window = DraftWindow(4, 2, (1, 1, 1), torch.float32, torch.device("cpu"))
     pointer, held = window.keys.data_ptr(), []

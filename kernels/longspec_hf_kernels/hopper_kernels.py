@@ -290,9 +290,10 @@ def hopper_split_attention_kernel(
     exists = gl.minimum(prefix + num_tree_keys, capacity)
     clear_tiles = (prefix - row) // BLOCK_N
     work = (exists - row + BLOCK_N - 1) // BLOCK_N
-    filled = gl.maximum(gl.minimum(work // min_tiles, num_splits), 1)
-    begin = gl.minimum(split, filled) * work // filled
-    end = gl.maximum(gl.minimum(split + 1, filled) * work // filled, begin + 1)
+    # The last split has the masked tile, which takes longer here than others: it gets what is left over.
+    share = gl.maximum((work + num_splits - 1) // num_splits, min_tiles)
+    begin = split * share
+    end = gl.maximum(gl.minimum(begin + share, work), begin + 1)
 
     dtype: gl.constexpr = key_map.dtype
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])

@@ -185,9 +185,10 @@ def choose_launch(tile: TileConfig, splits: int) -> LaunchOptions:
 
     A split kernel may come in early where it has a multiprocessor to itself; two programs to one were measured
     up to 5 % slower that way with grouped heads. One warp holds the partial results of a chunk of 16 splits,
-    and most rows are merged at once that way; wider chunks need the registers of four.
+    and most rows are merged at once that way; wider chunks need the registers of four. Behind the Hopper kernel two
+    were measured.
     """
-    warps = 1 if reduction_chunk(splits) == 16 else 4
+    warps = 4 if reduction_chunk(splits) != 16 else 2 if tile == HOPPER_TILE else 1
     return LaunchOptions(early_splits=tile.programs_per_sm == 1, early_hopper=True, reduction_warps=warps)
 
 

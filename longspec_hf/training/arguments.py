@@ -54,7 +54,9 @@ class LongSpecTrainingArguments(TrainingArguments):
         if self.ce_weight == self.kl_weight == 0:
             raise ValueError("`ce_weight` and `kl_weight` are both 0, expected a loss. Set at least one of them.")
         if self.loss_temperature <= 0:
-            raise ValueError(f"`loss_temperature` must be positive, got {self.loss_temperature}. 1.0 leaves the logits.")
+            raise ValueError(
+                f"`loss_temperature` must be positive, got {self.loss_temperature}. 1.0 leaves the logits."
+            )
         for name in ("max_cross_attention_shift", "shift_groups", "loss_chunk_elements"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from longspec_hf_kernels.triton_configs import (
+    HOPPER_TILE,
     LONG_TILE,
     DeviceLimits,
     LaunchOptions,
@@ -86,6 +87,7 @@ def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(r
     options = choose_launch(tile, splits)
     assert options.early_splits == (rows <= 128) == (tile.programs_per_sm == 1)
     assert options.reduction_warps == (1 if splits <= 16 else 4)
+    assert choose_launch(HOPPER_TILE, splits).reduction_warps == (2 if splits <= 16 else 4)
     for head_dim in (64, 128, 256):
         values = reduction_chunk(splits) * head_dim // (32 * options.reduction_warps)
         assert values <= 128, "half of a thread's registers"

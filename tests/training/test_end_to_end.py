@@ -108,6 +108,25 @@ def test_replay_of_a_draft_that_guesses_counts_what_generate_counts(family):
         assert stats.rounds == found.rounds and stats.accepted_per_depth == found.accepted_per_depth
 
 
+def test_replay_of_a_sampled_text_scores_paths_at_its_temperature():
+    target = tiny_target(vocab_size=8)
+    draft = learned(target, initializer_range=0.5)
+    settings = replace(TREES["beam"], tree_shape=(4, 6, 6), fallback_to_plain=False)
+    config = with_tree_settings(target.generation_config, **settings.as_options())
+    config.update(do_sample=True, temperature=0.2, max_new_tokens=60, return_dict_in_generate=True)
+    differ = 0
+    for seed in range(6):
+        ids = prompt(30, seed=seed, vocab=8)
+        torch.manual_seed(seed)
+        found = target.generate(ids, generation_config=config, assistant_model=draft)
+        text = TauInput(ids[0].tolist(), found.sequences[0, 30:].tolist(), temperature=0.2)
+        (stats,) = replay(draft, target, text, [settings])
+        assert stats.accepted_per_depth == found.speculation_stats.accepted_per_depth
+        (other,) = replay(draft, target, replace(text, temperature=0.0), [settings])
+        differ += stats.accepted_per_depth != other.accepted_per_depth
+    assert differ, "or it makes no difference here"
+
+
 def test_tau_holds_far_beyond_the_length_of_training(trained):
     """C71: trained on 64 tokens; at 16k positions at least 80 % of tau at 1k."""
     target, draft, _ = trained

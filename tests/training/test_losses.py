@@ -45,7 +45,9 @@ def test_equals_the_definition(dtype, tolerance, softcap, bias, weights, chunk, 
 def test_temperature_divides_the_logits_of_both():
     hidden, head, *rest = _case(torch.float64, temperature=0.5)
     sharper = FrozenHead(2 * head.weight)
-    torch.testing.assert_close(chunked_loss(hidden, head, *rest, 0.3, 0.7), chunked_loss(hidden, sharper, *rest, 0.3, 0.7))
+    torch.testing.assert_close(
+        chunked_loss(hidden, head, *rest, 0.3, 0.7), chunked_loss(hidden, sharper, *rest, 0.3, 0.7)
+    )
 
 
 def test_gradient_by_finite_differences():

@@ -146,6 +146,7 @@ def test_a_draft_that_does_not_fit_is_refused_before_training(tmp_path):
     "arguments, message",
     [
         ({"ce_weight": -1.0}, r"`ce_weight` must not be negative"),
+        ({"loss_temperature": 0.0}, r"`loss_temperature` must be positive"),
         ({"ce_weight": 0.0, "kl_weight": 0.0}, r"`ce_weight` and `kl_weight` are both 0"),
         ({"max_cross_attention_shift": 0}, r"`max_cross_attention_shift` must be at least 1"),
         ({"max_train_seconds": 0.0}, r"`max_train_seconds` must be positive"),
