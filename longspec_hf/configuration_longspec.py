@@ -71,7 +71,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
     tree_shape: list[int] | str = AUTO
     max_tree_nodes: int = 64
     ngram_branch_length: int = 32
-    ngram_min_match: int = 2
+    ngram_min_match: int = 1
     recheck_near_ties: bool = False
     fallback_to_plain: bool = True
     capture_rounds: bool = True

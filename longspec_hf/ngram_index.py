@@ -12,34 +12,39 @@ from collections.abc import Iterable, Sequence
 
 MAX_CANDIDATES = 32  # chain links walked per look-up: recent matches are the likely ones, and the cost stays bounded
 MAX_MATCH = 32  # tokens compared per link: beyond this a longer match says nothing more
+ONE_TOKEN_COPIES = 12  # tokens copied where no more than the last one has occurred before: such copies seldom go far
 
 
 class NgramIndex:
     """Finds what followed the longest, most recent earlier occurrence of the current ending.
 
     Args:
-        min_match: shortest ending, in tokens, that counts as an occurrence.
+        min_match: shortest ending, in tokens, that counts as an occurrence. With 1, where no two tokens have occurred
+            before, what followed the last one most recently is copied, up to `ONE_TOKEN_COPIES` tokens.
     """
 
     def __init__(self, min_match: int = 2) -> None:
         self.min_match = min_match
-        self._key_length = min(min_match, 2)
         self._tokens: list[int] = []
-        self._previous: list[int] = []  # per position, the last earlier one with the same key, -1 if none
-        self._latest: dict[tuple[int, ...], int] = {}
+        self._previous: list[int] = []  # per position, the last earlier one that ended in the same pair, -1 if none
+        self._latest: dict[tuple[int, int], int] = {}
+        self._latest_of_one: dict[int, int] = {}
+        self._before = -1  # last earlier position of the newest token
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Add committed tokens."""
-        size = self._key_length
         for token in tokens:
+            position = len(self._tokens)
+            key = (self._tokens[-1] if position else -1, token)
             self._tokens.append(token)
-            position = len(self._tokens) - 1
-            key = tuple(self._tokens[-size:])
-            self._previous.append(self._latest.get(key, -1) if position >= size - 1 else -1)
+            self._previous.append(self._latest.get(key, -1))
             self._latest[key] = position
+            if self.min_match == 1:
+                self._before = self._latest_of_one.get(token, -1)
+                self._latest_of_one[token] = position
 
     def continuation(self, length: int) -> list[int]:
         """Up to `length` tokens that followed the match; empty without one.
@@ -48,7 +53,17 @@ class NgramIndex:
         """
         if length < 1 or not self._tokens:
             return []
-        best, best_length = -1, self.min_match - 1
+        best = self._longest_match()
+        if best < 0 and self.min_match == 1:
+            best, length = self._before, min(length, ONE_TOKEN_COPIES)
+        if best < 0:
+            return []
+        period = len(self._tokens) - 1 - best
+        return [self._tokens[best + 1 + i % period] for i in range(length)]
+
+    def _longest_match(self) -> int:
+        """Where the longest, of equals the most recent, occurrence of two or more tokens of the ending ends, or -1."""
+        best, best_length = -1, max(self.min_match, 2) - 1
         candidate = self._previous[-1]
         for _ in range(MAX_CANDIDATES):
             if candidate < 0 or best_length >= MAX_MATCH:
@@ -57,10 +72,7 @@ class NgramIndex:
             if matched > best_length:
                 best, best_length = candidate, matched
             candidate = self._previous[candidate]
-        if best < 0:
-            return []
-        period = len(self._tokens) - 1 - best
-        return [self._tokens[best + 1 + i % period] for i in range(length)]
+        return best
 
 
 def _common_ending(tokens: Sequence[int], end: int) -> int:

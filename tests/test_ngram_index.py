@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspec_hf.ngram_index import MAX_CANDIDATES, MAX_MATCH, NgramIndex
+from longspec_hf.ngram_index import MAX_CANDIDATES, MAX_MATCH, ONE_TOKEN_COPIES, NgramIndex
 
 
 def scan(tokens, length, min_match):
@@ -35,6 +35,15 @@ def test_longest_then_most_recent():
     index = NgramIndex(min_match=2)
     index.extend([2, 3, 8, 2, 3, 7, 2, 3])
     assert index.continuation(1) == [7]
+
+
+def test_one_token_is_copied_after_where_no_pair_has_occurred_and_not_far():
+    index = NgramIndex(min_match=1)
+    index.extend([7, *range(100, 140), 7, *range(200, 240), 7])
+    assert index.continuation(50) == list(range(200, 200 + ONE_TOKEN_COPIES))
+    index.extend([100])  # a pair, and of more use than the most recent 7
+    assert index.continuation(39) == list(range(101, 140))
+    assert NgramIndex(min_match=2).continuation(3) == []
 
 
 def test_a_period_goes_on():

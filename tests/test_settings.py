@@ -90,6 +90,15 @@ def test_on_a_cpu_the_configurations_branch_is_cut_and_the_users_is_not():
     assert resolve_tree_settings(shorter, GenerationConfig()).ngram_branch_length == 4
 
 
+def test_one_token_is_match_enough_but_on_a_cpu():
+    for shape in ("auto", [3, 5]):
+        assert resolve_tree_settings(draft_with("meta", tree_shape=shape), GenerationConfig()).ngram_min_match == 1
+        assert resolve_tree_settings(draft_with(tree_shape=shape), GenerationConfig()).ngram_min_match == 2
+    asked = with_tree_settings(GenerationConfig(), ngram_min_match=1)
+    assert resolve_tree_settings(draft_with(), asked).ngram_min_match == 1
+    assert resolve_tree_settings(draft_with(ngram_min_match=3), GenerationConfig()).ngram_min_match == 3
+
+
 def test_auto_survives_saving(tmp_path):
     draft_with().save_pretrained(tmp_path)
     draft = LongSpecDraftModel.from_pretrained(tmp_path)
