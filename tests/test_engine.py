@@ -206,7 +206,8 @@ def test_a_chat_turn_goes_on_from_the_engines_cache():
 
 @pytest.mark.parametrize("changes_hidden", [False, True])
 @pytest.mark.parametrize("shape", [[3], [3, 4, 4], [2, 4, 8, 8]])
-def test_the_trees_are_those_of_the_other_rounds(shape, changes_hidden):
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_the_trees_are_those_of_the_other_rounds(temperature, shape, changes_hidden):
     """The same tokens, parents and scores: ancestors, windows and positions are what they are there.
 
     A draft may also change what the layer gives before it reaches the head.
@@ -222,7 +223,9 @@ def test_the_trees_are_those_of_the_other_rounds(shape, changes_hidden):
     if changes_hidden:
         offset = 20 * torch.randn(draft.config.hidden_size, generator=torch.Generator().manual_seed(6))
         draft.next_token_logits = lambda hidden, head, *_: head(hidden + offset)
-    settings = resolve_tree_settings(draft, model.generation_config)
+    call_config = GenerationConfig(do_sample=True, temperature=temperature)
+    settings = resolve_tree_settings(draft, call_config)
+    assert settings.beam_temperature == temperature
     cache = LongSpecCache()
     cache.reserve(200)
     with torch.no_grad():
