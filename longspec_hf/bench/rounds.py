@@ -101,12 +101,16 @@ def time_rounds(
         with_parts: time the parts too.
     """
     engine = engine_at(target, draft, settings, context, sequences)
-    step(engine, settings)
-    step(engine, settings)
-    done = [step(engine, settings) for _ in range(ROUNDS)]
-    levels = len(settings.tree_shape)
-    read = target_bytes(target) + cache_bytes(engine.cache, sequences)
-    read += levels * draft_bytes(draft, engine.generator.bound, engine.cache, sequences)
+    try:
+        step(engine, settings)
+        step(engine, settings)
+        done = [step(engine, settings) for _ in range(ROUNDS)]
+        levels = len(settings.tree_shape)
+        read = target_bytes(target) + cache_bytes(engine.cache, sequences)
+        read += levels * draft_bytes(draft, engine.generator.bound, engine.cache, sequences)
+        parts = time_parts(engine, settings) if with_parts else {}
+    finally:
+        engine.close()
     return RoundTimes(
         context=context,
         nodes=settings.max_nodes,
@@ -114,7 +118,7 @@ def time_rounds(
         round_ms=sorted(ms for ms, _ in done)[ROUNDS // 2],
         floor_ms=read / rate * 1e3,
         tau=sum(tokens for _, tokens in done) / ROUNDS / sequences,
-        parts=time_parts(engine, settings) if with_parts else {},
+        parts=parts,
     )
 
 
