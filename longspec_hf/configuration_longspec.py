@@ -39,8 +39,10 @@ class LongSpecDraftConfig(PreTrainedConfig):
             beam: only the n-gram branch drafts. "auto": the tree that promises the most tokens a second, by the
             device and by what is accepted during a call.
         max_tree_nodes: nodes verified in one target forward, the root included; with "auto" the most there may be.
-        ngram_branch_length: longest branch copied from the context, in tokens; 0 turns the branch off.
-        ngram_min_match: shortest run of tokens that must have occurred before for a branch to be copied.
+        ngram_branch_length: longest branch copied from the context, in tokens; 0 turns it off. On a CPU, beside
+            a `tree_shape` other than "auto", it is cut to 8 unless a call asks for more.
+        ngram_min_match: shortest run of tokens that must have occurred before for a branch to be copied. On a CPU it
+            is at least 2 unless a call asks for less.
         recheck_near_ties: whether greedy decoding decides positions whose two best scores nearly tie by a one-token
             forward, as plain decoding does; for bf16 and fp16 targets.
         fallback_to_plain: whether a call goes on with plain steps while its rounds do not pay.
