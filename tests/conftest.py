@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported, 
 import pytest
 import torch
 from models import tiny_target
+from warm_python import warm_python
 
 import longspec_hf  # noqa: F401  (registers the drafts)
 
@@ -40,3 +41,10 @@ def _one_thread():
 def target():
     """The tiny fp32 Llama most tests use."""
     return tiny_target()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """A script like `python` whose commands begin with PyTorch and transformers imported."""
+    with warm_python(tmp_path_factory.mktemp("warm")) as script:
+        yield script

@@ -1,6 +1,8 @@
 """Targets on two GPUs, split by layers or sharded by heads (C49, C50); run with `-m gpu tests/test_multi_gpu.py`."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,7 +137,7 @@ def test_no_keys_and_values_travel_between_cards(tmp_path):
 def test_two_processes_with_a_card_each_commit_what_one_does(tmp_path):
     """Tensor parallel over NCCL."""
     plain = make_pair(tmp_path, "cuda", hidden_size=256, head_dim=64, intermediate_size=512)
-    check_texts(run_sharded(tmp_path), plain)
+    check_texts(run_sharded(Path(sys.executable), tmp_path), plain)
 
 
 def test_a_loaded_draft_can_be_put_beside_its_layer(tmp_path):

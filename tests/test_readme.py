@@ -42,7 +42,8 @@ target = AutoModelForCausalLM.from_pretrained("pair/target")
 inputs = AutoTokenizer.from_pretrained("pair/target")("w7 w8 w9", return_tensors="pt")
 """
 
-SHIMS = {"python": "", "pip": "-m pip --disable-pip-version-check", "longspec-hf": "-m longspec_hf.cli"}
+SHIMS = {"python": "", "longspec-hf": "-m longspec_hf.cli"}
+"""Commands that run in the warm Python: importing PyTorch and transformers takes longer than what they do."""
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -82,7 +83,7 @@ def scripts(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+def clone(tmp_path_factory, warm):
     """A clone of the last commit, with the files a reader is supposed to have."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this checkout is no git repository, or git is not installed")
@@ -93,8 +94,10 @@ def clone(tmp_path_factory):
     (folder / "texts").mkdir()
     (folder / "texts" / "words.txt").write_text(" ".join(WORDS[5 + i * i % 50] for i in range(2000)))
     (folder / "bin").mkdir()
-    for name, arguments in SHIMS.items():
-        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+    lines = {name: f'"{warm}" {arguments}' for name, arguments in SHIMS.items()}
+    lines["pip"] = f'"{sys.executable}" -m pip --disable-pip-version-check'
+    for name, line in lines.items():
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {line} "$@"\n')
         (folder / "bin" / name).chmod(0o755)
     return folder
 
@@ -124,8 +127,9 @@ def test_every_command_runs(clone):
 
 def test_the_python_runs(clone):
     first, second = scripts((clone / "README.md").read_text(encoding="utf-8"))
-    run(clone, sys.executable, "-c", first)
-    printed = run(clone, sys.executable, "-c", f"{second}\nimport longspec_hf\nprint(longspec_hf.__file__)")
+    python = str(clone / "bin" / "python")
+    run(clone, python, "-c", first)
+    printed = run(clone, python, "-c", f"{second}\nimport longspec_hf\nprint(longspec_hf.__file__)")
     assert "SpeculationStats(rounds=" in printed and printed.splitlines()[-1].startswith(str(clone))
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import fsdp_run
 import pytest
@@ -23,13 +23,13 @@ DRAFTS = {
 }
 
 
-def run_twice(script: str, *arguments: object, **environment: str) -> list[dict]:
-    """What two processes of a script of this folder print as lines of JSON."""
+def run_twice(python: Path, script: str, *arguments: object, **environment: str) -> list[dict]:
+    """What two processes of a script of this folder print as lines of JSON; `python` is what runs them."""
     places = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launch, ROOT / "tests" / script, *arguments],
-        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": places, "PYTHON_EXEC": str(python), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -39,9 +39,9 @@ def run_twice(script: str, *arguments: object, **environment: str) -> list[dict]
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def run_sharded(folder, **environment: str) -> list[dict]:
+def run_sharded(python: Path, folder: Path, **environment: str) -> list[dict]:
     """What both processes report, see `tensor_parallel_run`."""
-    return run_twice("tensor_parallel_run.py", folder, **environment)
+    return run_twice(python, "tensor_parallel_run.py", folder, **environment)
 
 
 def make_pair(folder, device: str = "cpu", **sizes: int) -> dict[str, torch.Tensor]:
@@ -75,9 +75,9 @@ def check_texts(seen: list[dict], plain: dict[str, torch.Tensor]) -> None:
         assert one["rounds"] == rounds[one["draft"], one["prompt"]]
 
 
-def test_two_processes_commit_what_one_does(tmp_path):
+def test_two_processes_commit_what_one_does(warm, tmp_path):
     plain = make_pair(tmp_path)
-    check_texts(run_sharded(tmp_path, CUDA_VISIBLE_DEVICES=""), plain)
+    check_texts(run_sharded(warm, tmp_path, CUDA_VISIBLE_DEVICES=""), plain)
 
 
 def test_heads_that_cannot_be_shared_out_are_refused():
@@ -87,10 +87,10 @@ def test_heads_that_cannot_be_shared_out_are_refused():
         _check_heads(config, 4)
 
 
-def test_a_target_sharded_by_fsdp_is_decoded_plainly():
+def test_a_target_sharded_by_fsdp_is_decoded_plainly(warm):
     """Its heads are whole: it is not taken for a target sharded by them."""
     target = tiny_target(**fsdp_run.FIELDS)
-    seen = run_twice("fsdp_run.py", CUDA_VISIBLE_DEVICES="")
+    seen = run_twice(warm, "fsdp_run.py", CUDA_VISIBLE_DEVICES="")
     assert sorted(one["rank"] for one in seen) == [0, 1]
     for one in seen:
         ids = fsdp_run.prompt_of(one["rank"])

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -30,14 +29,20 @@ RUNS = {
 }
 
 
-def launched(config: str, folder, runs: dict, **environment: str) -> dict[str, list[dict]]:
-    """What both processes saw of each run."""
+def launched(python, config: str, folder, runs: dict, **environment: str) -> dict[str, list[dict]]:
+    """What both processes, which `python` runs, saw of each run."""
     path = [ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "training"]
     places = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {"PYTHONPATH": places, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    variables = {
+        "PYTHONPATH": places,
+        "PYTHON_EXEC": str(python),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
     settings = ["--config_file", ROOT / "examples" / "accelerate" / config, "--main_process_port", 0]
     script = [ROOT / "tests" / "training" / "distributed_run.py", folder, json.dumps(runs)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--mixed_precision", "no", *script]
+    command = [python, "-m", "accelerate.commands.launch", *settings, "--mixed_precision", "no", *script]
     result = subprocess.run(
         [*map(str, command)], env={**os.environ, **variables}, capture_output=True, text=True, timeout=300, check=False
     )
@@ -61,10 +66,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def two(request, tmp_path_factory):
+def two(request, warm, tmp_path_factory):
     """Both processes' views of all runs, and the folder they wrote."""
     folder = tmp_path_factory.mktemp(request.param)
-    return SimpleNamespace(kind=request.param, folder=folder, **launched(f"{request.param}.yaml", folder, RUNS))
+    return SimpleNamespace(kind=request.param, folder=folder, **launched(warm, f"{request.param}.yaml", folder, RUNS))
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("plain", SAME_SUM), ("muon", MUON)])
@@ -118,10 +123,10 @@ def test_a_resumed_run_goes_on_as_if_never_interrupted(two):
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 @pytest.mark.parametrize("config", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
-def test_deepspeed_trains_saves_and_resumes(config, alone, tmp_path):
+def test_deepspeed_trains_saves_and_resumes(warm, config, alone, tmp_path):
     """C93: frozen weights are neither lost nor partitioned."""
     for name in ("plain", "resumed"):
-        first, second = launched(config, tmp_path, {name: RUNS[name]}, DS_ACCELERATOR="cpu")[name]
+        first, second = launched(warm, config, tmp_path, {name: RUNS[name]}, DS_ACCELERATOR="cpu")[name]
         assert first["target_is_whole"] and second["target_is_whole"]
         assert first["losses"] == pytest.approx(alone["plain"]["losses"], rel=SAME_SUM)
         for name, tensor in first["weights"].items():
