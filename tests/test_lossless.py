@@ -1,7 +1,7 @@
 """Greedy decoding gives plain `generate`'s ids whatever the draft proposes.
 
-`LONGSPEC_NIGHTLY=1` writes 128 tokens behind all eighty prompts with every family and draft. In the usual run drafts that
-propose little that is right, whose rounds are many and alike, write fewer; the families, 32 behind sixteen.
+`LONGSPEC_NIGHTLY=1` writes 128 tokens behind all eighty prompts with every family and draft. In the usual run drafts
+that propose little that is right, whose rounds are many and alike, write fewer; the families, 32 behind sixteen.
 """
 
 import os
@@ -59,8 +59,8 @@ def varied_prompts(count):
 def differing_prompts(model, numbers, lengths):
     """First differing index by number of the prompt; each kind of prompt meets each draft in sixteen of them.
 
-    Four drafts take turns: one always right, one about half the time, one never, and a real one. `lengths` says how many
-    tokens are written with each.
+    Four drafts take turns: one always right, one about half the time, one never, and a real one. `lengths` says how
+    many tokens are written with each.
     """
     differing = {}
     for i, ids in enumerate(varied_prompts(80)):

@@ -16,14 +16,22 @@ def bf16_ulp(x: torch.Tensor) -> torch.Tensor:
     return torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=1e-30))) - 7)
 
 
-@pytest.mark.parametrize("recheck", [False, True])
-def test_a_first_difference_lies_at_a_near_tie(recheck):  # C03
+@pytest.fixture(scope="module")
+def plain_texts():
+    """A bf16 target, thirty prompts and its texts."""
     model = tiny_target(dtype=torch.bfloat16)
-    draft = learned(model, tree_shape=[3, 3], recheck_near_ties=recheck)
+    prompts = [prompt(5 + seed, seed=seed) for seed in range(30)]
+    return model, [(ids, model.generate(ids, max_new_tokens=40, do_sample=False)) for ids in prompts]
+
+
+@pytest.mark.parametrize("recheck", [False, True])
+def test_a_first_difference_lies_at_a_near_tie(plain_texts, recheck):  # C03
+    """A real draft proposes little that is right; one that knows half of the text has whole paths verified."""
+    model, texts = plain_texts
     equal, rechecks, gaps = 0, 0, []
-    for seed in range(30):
-        ids = prompt(5 + seed, seed=seed)
-        plain = model.generate(ids, max_new_tokens=40, do_sample=False)
+    for seed, (ids, plain) in enumerate(texts):
+        fields = {"tree_shape": [3, 3], "recheck_near_ties": recheck}
+        draft = ScriptedDraft(model, plain, "noisy", **fields) if seed % 3 else learned(model, **fields)
         out = model.generate(
             ids, max_new_tokens=40, do_sample=False, assistant_model=draft, return_dict_in_generate=True
         )

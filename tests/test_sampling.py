@@ -108,10 +108,12 @@ def exact_pairs(model, ids, warp=lambda ids, scores: scores):
 CANDIDATES = {"none": [], "one": [0], "some": [0, 3, 5], "all": list(range(8))}
 
 
-@pytest.mark.parametrize("warped", [False, True], ids=["raw", "warped"])
-@pytest.mark.parametrize("candidates", CANDIDATES)
+@pytest.mark.parametrize(("candidates", "warped"), [*((name, False) for name in CANDIDATES), ("some", True)])
 def test_distribution_is_the_targets(candidates, warped):  # C14, C15, C16, C18
-    """10 000 pairs of tokens drawn by the walk over trees that hold none, one, some or all first tokens."""
+    """10 000 pairs of tokens drawn by the walk over trees that hold none, one, some or all first tokens.
+
+    With processors, which take long, over the tree that is both left and gone on in.
+    """
     model, ids = toy(), torch.tensor([[1, 5, 2]])
     warp = LogitsProcessorList()
     if warped:
@@ -152,11 +154,11 @@ class StopAtFive(StoppingCriteria):
 
 def test_same_seed_same_ids_other_seed_other_ids(target):  # C21
     ids = prompt(10)
-    draft = scripted(target, ids, 20, "noisy")
+    draft = scripted(target, ids, 8, "noisy")
 
     def run(seed):
         torch.manual_seed(seed)
-        return target.generate(ids, max_new_tokens=20, do_sample=True, top_k=0, temperature=2.0, assistant_model=draft)
+        return target.generate(ids, max_new_tokens=8, do_sample=True, top_k=0, temperature=2.0, assistant_model=draft)
 
     assert torch.equal(run(5), run(5))
     assert sum(not torch.equal(run(0), run(seed)) for seed in range(1, 21)) > 10
@@ -228,7 +230,7 @@ def test_a_banned_token_never_appears(do_sample):  # C20
     kwargs = {"max_new_tokens": 200, "sequence_bias": {(banned,): -100.0}}
     plain = model.generate(prompts, do_sample=False, **kwargs)
     kwargs |= {"do_sample": True, "min_p": 0.2} if do_sample else {"do_sample": False}
-    for first, rows in ((0, 1), (1, 1), (2, 18)):  # two calls of one row; the others together, which takes less time
+    for first, rows in ((0, 1), (1, 19)):  # one row alone; the others together, which takes less time
         torch.manual_seed(first)
         ids = prompts[first : first + rows]
         out = model.generate(ids, assistant_model=draft, return_dict_in_generate=True, **kwargs)

@@ -79,7 +79,7 @@ import re
 import torch
 from longspec_hf.training import FrozenHead, chunked_loss
 torch.set_num_threads(1)
-vocab, tokens, size = 128_000, 4096, 64
+vocab, tokens, size = 128_000, 4096, 32
 head = FrozenHead(torch.randn(vocab, size))
 hidden = torch.randn(tokens, size, requires_grad=True)
 labels = torch.randint(0, vocab, (tokens,))
