@@ -11,7 +11,11 @@ QUANTISED = $(VENV)/quantised
 demo: $(INSTALLED)
 	$(BIN)python examples/demo.py
 
-test: lint test-newest test-oldest test-quantised
+# The first two keep one core busy each, so they run side by side.
+test: $(OLDEST)/.installed $(QUANTISED)/.installed
+	$(MAKE) --no-print-directory --jobs 2 lint test-quantised
+	$(MAKE) --no-print-directory test-newest
+	$(MAKE) --no-print-directory test-oldest
 
 test-newest: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)python -m pytest -n 2 --dist worksteal

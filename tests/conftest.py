@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported, 
 import pytest
 import torch
 from models import tiny_target
-from warm_python import warm_python
+from warm_python import TORCH, TRANSFORMERS, warm_python
 
 import longspec_hf  # noqa: F401  (registers the drafts)
 
@@ -46,5 +46,12 @@ def target():
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory):
     """A script like `python` whose commands begin with PyTorch and transformers imported."""
-    with warm_python(tmp_path_factory.mktemp("warm")) as script:
+    with warm_python(tmp_path_factory.mktemp("warm"), TRANSFORMERS) as script:
+        yield script
+
+
+@pytest.fixture(scope="session")
+def warm_torch(tmp_path_factory):
+    """The same without transformers, which reads the Hub's settings when it is imported."""
+    with warm_python(tmp_path_factory.mktemp("warm_torch"), TORCH) as script:
         yield script

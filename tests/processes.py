@@ -11,7 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_python(
-    code: str, home: Path, *arguments: object, path: list[Path] | None = None, **variables: str
+    code: str,
+    home: Path,
+    *arguments: object,
+    python: Path = Path(sys.executable),
+    path: list[Path] | None = None,
+    **variables: str,
 ) -> list[str]:
     """Run `code`, which must succeed, and return what it prints, by lines.
 
@@ -19,6 +24,7 @@ def run_python(
         code: Python source.
         home: `HF_HOME` of the process.
         arguments: its `sys.argv[1:]`.
+        python: what runs it.
         path: first places to import from; by default this checkout's.
         variables: further environment.
     """
@@ -32,7 +38,7 @@ def run_python(
         "HF_HUB_DISABLE_TELEMETRY": "1",
         **variables,
     }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [python, "-c", code, *map(str, arguments)]
     result = subprocess.run(
         command, env=environment, cwd=home, capture_output=True, text=True, check=False, timeout=300
     )

@@ -75,19 +75,20 @@ def lay_out_cache(cache, name, folder, commit="c" * 40):
         (root / "snapshots" / commit / path.name).symlink_to(Path("../../blobs") / blob.name)
 
 
-def test_from_a_cache_without_a_network(pair, expected, tmp_path):
+def test_from_a_cache_without_a_network(warm_torch, pair, expected, tmp_path):
     for name, folder in zip(("org/target", "org/draft"), pair, strict=True):
         lay_out_cache(tmp_path / "cache", name, folder)
-    (line,) = run_python(GENERATE + PIPELINE, tmp_path, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"))
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    (line,) = run_python(GENERATE + PIPELINE, tmp_path, python=warm_torch, **settings)
     assert json.loads(line) == expected
 
 
-def test_from_a_server_and_then_from_the_cache_it_filled(pair, expected, tmp_path):
+def test_from_a_server_and_then_from_the_cache_it_filled(warm_torch, pair, expected, tmp_path):
     hub = FakeHub()
     for name, folder in zip(("org/target", "org/draft"), pair, strict=True):
         hub.add_folder(name, folder)
     with serve(hub):
-        assert json.loads(*run_python(GENERATE, tmp_path, HF_ENDPOINT=hub.url)) == expected
+        assert json.loads(*run_python(GENERATE, tmp_path, python=warm_torch, HF_ENDPOINT=hub.url)) == expected
     downloads = [
         line for line in hub.requests if line.startswith("GET") and line.endswith("draft/resolve/main/config.json")
     ]
@@ -95,13 +96,14 @@ def test_from_a_server_and_then_from_the_cache_it_filled(pair, expected, tmp_pat
     assert sum(line.startswith("GET") and line.endswith("model.safetensors") for line in hub.requests) == 2
     assert (tmp_path / "hub" / "models--org--draft" / "refs" / "main").read_text() == hub.commit("org/draft")
     # The server is gone now.
-    assert json.loads(*run_python(GENERATE, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")) == expected
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
+    assert json.loads(*run_python(GENERATE, tmp_path, python=warm_torch, **settings)) == expected
 
 
-def test_push_and_load_again_and_what_is_not_there(pair, tmp_path):
+def test_push_and_load_again_and_what_is_not_there(warm_torch, pair, tmp_path):
     with serve(FakeHub()) as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1"}
-        url, message = run_python(PUSH, tmp_path, pair[1], tmp_path / "exported", **settings)
+        url, message = run_python(PUSH, tmp_path, pair[1], tmp_path / "exported", python=warm_torch, **settings)
     assert url == f"{hub.url}/org/pushed/commit/{hub.commit('org/pushed')}"
     assert message.startswith("`draft` must be a Hub id or a folder of a model, got 'org/none': ")
     pushed = hub.repos["org/pushed"]

@@ -42,12 +42,12 @@ def saved(tmp_path_factory):
     return target, draft
 
 
-def test_it_loads_with_the_package_and_says_what_is_missing_without(saved, tmp_path, capsys):
+def test_it_loads_with_the_package_and_says_what_is_missing_without(warm_torch, saved, tmp_path, capsys):
     target, draft = saved
     folder = tmp_path / "exported"
     assert main(["export", str(draft), "--output", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder)
-    message, marks = run_python(LOAD, tmp_path, folder, target)
+    message, marks = run_python(LOAD, tmp_path, folder, target, python=warm_torch)
     assert "Run `pip install longspec-hf`" in message
     assert marks == "None None"
 

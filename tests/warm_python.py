@@ -1,4 +1,4 @@
-"""Python commands as forks of one process, so that each begins with PyTorch and transformers imported.
+"""Python commands as forks of one process, so that each begins with what takes long to import.
 
 `warm_python` writes a script that stands for `python`: its commands have the caller's folder, environment, streams and
 exit code. This project's packages are not imported ahead, so every command imports them from where it is told to.
@@ -15,18 +15,19 @@ from collections.abc import Iterator
 from multiprocessing import connection, get_context
 from pathlib import Path
 
-AHEAD = ("torch._dynamo", "torch.distributed.tensor", "transformers.pipelines", "transformers.trainer", "peft")
+TORCH = ("torch._dynamo", "torch.distributed.tensor", "scipy.optimize")
+TRANSFORMERS = (*TORCH, "transformers.pipelines", "transformers.trainer", "peft")
 
 
 @contextlib.contextmanager
-def warm_python(folder: Path) -> Iterator[Path]:
-    """The script, written to `folder`, while the process behind it waits for commands."""
+def warm_python(folder: Path, imported: tuple[str, ...]) -> Iterator[Path]:
+    """The script, written to `folder`, while the process behind it waits for commands with these modules imported."""
     import subprocess
 
     script, address = folder / "python", folder / "socket"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{__file__}" ask "{address}" "$@"\n')
     script.chmod(0o755)
-    command = [sys.executable, __file__, "serve", address]
+    command = [sys.executable, __file__, "serve", address, *imported]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE) as server:
         assert server.stdout.readline() == b"ready\n"
@@ -34,11 +35,11 @@ def warm_python(folder: Path) -> Iterator[Path]:
         server.terminate()
 
 
-def serve(address: str) -> None:
+def serve(address: str, *imported: str) -> None:
     """Answer every connection in a process of its own."""
     import importlib
 
-    for name in AHEAD:
+    for name in imported:
         with contextlib.suppress(ImportError):  # an extra that is not installed
             importlib.import_module(name)
     with socket.socket(socket.AF_UNIX) as listener:
