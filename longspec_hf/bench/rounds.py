@@ -85,6 +85,7 @@ def step(engine: Engine, settings: TreeSettings) -> tuple[float, int]:
     return start.elapsed_time(end), sum(map(len, tokens))
 
 
+@torch.no_grad()
 def time_rounds(
     target: PreTrainedModel,
     draft: LongSpecDraftModel,
@@ -94,7 +95,7 @@ def time_rounds(
     sequences: int = 1,
     with_parts: bool = False,
 ) -> RoundTimes:
-    """Measure rounds of `settings` at a context.
+    """Measure rounds of `settings` at a context, without gradients, as `generate` runs them.
 
     Args:
         rate: bytes a second of a copy (`copy_rate`).

@@ -58,6 +58,10 @@ class ScriptArguments:
         default=None, metadata={"help": "Most frequent tokens a fresh draft proposes."}
     )
     intermediate_size: int | None = field(default=None, metadata={"help": "MLP size of a fresh draft."})
+    target_layer_idx: int | None = field(
+        default=None,
+        metadata={"help": "Target layer whose keys and values the draft reads; -1 is the last. By default the draft's."},
+    )
     tau_texts: str | None = field(default=None, metadata={"help": "Held-out texts for tau."})
     export: str | None = field(
         default=None, metadata={"help": "Folder for a copy in the target's dtype, renewed at every save."}
@@ -87,10 +91,11 @@ def load_rows(args: ScriptArguments, tokenizer, length: int) -> Dataset:
 
 def make_draft(args: ScriptArguments, target: PreTrainedModel, rows: Dataset) -> LongSpecDraftModel:
     """The draft to train, in fp32."""
+    layer = {} if args.target_layer_idx is None else {"target_layer_idx": args.target_layer_idx}
     if args.draft:
-        return LongSpecDraftModel.from_pretrained(args.draft, dtype=torch.float32)
-    overrides = {"draft_vocab_size": args.draft_vocab_size, "intermediate_size": args.intermediate_size}
-    given = {name: value for name, value in overrides.items() if value is not None}
+        return LongSpecDraftModel.from_pretrained(args.draft, dtype=torch.float32, **layer)
+    sizes = {"draft_vocab_size": args.draft_vocab_size, "intermediate_size": args.intermediate_size}
+    given = {name: value for name, value in sizes.items() if value is not None} | layer
     draft = LongSpecDraftModel.from_target(target, **given).float()
     if args.draft_vocab_size is not None:
         sample = np.random.default_rng(0).permutation(len(rows))[:20_000]  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ def test_the_shipped_card_is_what_its_records_say(tmp_path):
     folder = tmp_path / SHIPPED_DRAFT
     shutil.copytree(shipped_draft_folder(), folder)
     (folder / "README.md").unlink()
-    stages = ("short", "long", "short_2", "long_2", "short_3", "long_3", "short_5", "long_5")
+    stages = ("short", "long", "short_2", "long_2", "short_3", "long_3", "short_5", "long_5", "layer_6", "short_6", "long_6")
     runs = [str(BENCHMARKS / f"training_run_{stage}.json") for stage in stages]
     taus = [str(BENCHMARKS / f"training_tau{which}.csv") for which in ("", "_lookup")]
     assert main(["card", str(folder), "--run", *runs, "--tau", *taus]) == 0
@@ -33,10 +33,12 @@ def test_a_run_from_the_command_line_and_its_card(tmp_path, capsys):
     command += ["--texts", str(text), "--length", "32", "--max_steps", "2", "--per_device_train_batch_size", "2"]
     command += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "1"]
     stages = [tmp_path / "short", tmp_path / "long"]
-    assert main([*command, "--stage", "short", "--output_dir", str(stages[0])]) == 0
+    first = ["--stage", "short", "--target_layer_idx", "0", "--output_dir", str(stages[0])]
+    assert main([*command, *first]) == 0
     assert main([*command, "--stage", "long", "--draft", str(stages[0]), "--output_dir", str(stages[1])]) == 0
     draft = LongSpecDraftModel.from_pretrained(stages[1])
     assert draft.config.target_name_or_path == "org/target"
+    assert draft.config.target_layer_idx == 0
 
     (stages[1] / "README.md").unlink()
     assert main(["card", str(stages[1])]) == 0
