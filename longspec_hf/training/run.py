@@ -60,7 +60,9 @@ class ScriptArguments:
     intermediate_size: int | None = field(default=None, metadata={"help": "MLP size of a fresh draft."})
     target_layer_idx: int | None = field(
         default=None,
-        metadata={"help": "Target layer whose keys and values the draft reads; -1 is the last. By default the draft's."},
+        metadata={
+            "help": "Target layer that the draft's cross-attention reads; by default the draft's own, or the last."
+        },
     )
     tau_texts: str | None = field(default=None, metadata={"help": "Held-out texts for tau."})
     export: str | None = field(

@@ -17,14 +17,17 @@ FIRST_ROWS = [7, 0, 11]
 CAPACITY = 40
 
 
-def assert_near(got: torch.Tensor, expected: torch.Tensor, steps: int = 1) -> None:
-    """Equal but for the rounding of `steps` calls, relative to each number and to a small part of the largest."""
+def assert_near(got: torch.Tensor, expected: torch.Tensor, steps: int = 1, changed_share: float = CHANGED) -> None:
+    """Equal but for the rounding of `steps` calls, relative to each number and to a small part of the largest.
+
+    Of half-precision numbers `steps * changed_share` may differ at all.
+    """
     tolerance = steps * RELATIVE[expected.dtype]
     largest = float(expected.nan_to_num(0).abs().max())
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * largest / 4, equal_nan=True)
     if expected.dtype != torch.float32:
         changed = int((got.nan_to_num(99) != expected.nan_to_num(99)).sum())
-        assert changed <= 1 + steps * CHANGED * expected.numel()
+        assert changed <= 1 + steps * changed_share * expected.numel(), changed / expected.numel()
 
 
 def randoms(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
