@@ -137,7 +137,7 @@ def replay(
 
 DEFAULT_TREES = {
     "beam": TreeSettings((4, 16, 16, 16, 16), 80, 0, 2),
-    "beam_ngram": TreeSettings((4, 16, 16, 16, 16), 133, 64, 1),
+    "beam_ngram": TreeSettings((4, 16, 16, 16, 16), 165, 96, 1),
     "chain": TreeSettings((1, 1, 1, 1), 80, 0, 2),
     "lookup": TreeSettings((), 80, 10, 2),
 }
