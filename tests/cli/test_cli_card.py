@@ -10,6 +10,7 @@ from saved_pairs import save_tiny_pair
 from longspec_hf import LongSpecDraftModel
 from longspec_hf.cli import main
 from longspec_hf.pairs import SHIPPED_DRAFT, shipped_draft_folder
+from longspec_hf.training.run import ScriptArguments, make_draft
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -40,6 +41,8 @@ def test_a_run_from_the_command_line_and_its_card(tmp_path, capsys):
     draft = LongSpecDraftModel.from_pretrained(stages[1])
     assert draft.config.target_name_or_path == "org/target"
     assert draft.config.target_layer_idx == 0
+    to_another = ScriptArguments(draft=str(stages[1]), target_layer_idx=1)
+    assert make_draft(to_another, None, None).config.target_layer_idx == 1
 
     (stages[1] / "README.md").unlink()
     assert main(["card", str(stages[1])]) == 0
