@@ -164,9 +164,11 @@ def time_parts(engine: Engine, settings: TreeSettings) -> dict[str, float]:
         "walk": lambda: engine.walk(drafted, logits, settings),
         "commit": lambda: engine.commit_paths(drafted, *walked),
     }
+    # All graphs live until the last is timed: newer PyTorch frees the workspace that cuBLAS has for a stream when a
+    # graph captured on it is destroyed, though others may use it (pytorch/pytorch issue 193402).
+    graphs = {name: Captured(function, engine.device, engine.pool) for name, function in parts.items()}
     times = {}
-    for name, function in parts.items():
-        captured = Captured(function, engine.device, engine.pool)
+    for name, captured in graphs.items():
         captured()
         captured()
         times[name] = measure(captured)
