@@ -108,11 +108,13 @@ def exact_pairs(model, ids, warp=lambda ids, scores: scores):
 CANDIDATES = {"none": [], "one": [0], "some": [0, 3, 5], "all": list(range(8))}
 
 
-@pytest.mark.parametrize(("candidates", "warped"), [*((name, False) for name in CANDIDATES), ("some", True)])
+@pytest.mark.parametrize(
+    ("candidates", "warped"), [*((name, False) for name in CANDIDATES), ("some", True), ("all", True)]
+)
 def test_distribution_is_the_targets(candidates, warped):  # C14, C15, C16, C18
     """10 000 pairs of tokens drawn by the walk over trees that hold none, one, some or all first tokens.
 
-    With processors, which take long, over the tree that is both left and gone on in.
+    With processors, which take long, over the tree with some of the first tokens and the one with all.
     """
     model, ids = toy(), torch.tensor([[1, 5, 2]])
     warp = LogitsProcessorList()

@@ -1,5 +1,7 @@
 """Times of rounds and of their parts: on a CPU what is timed, on a GPU (`pytest -m gpu`) that it can be."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -30,23 +32,9 @@ def pair(nodes: int, device: str, dtype: torch.dtype, heads: int, head_dim: int)
     return target, draft, resolve_tree_settings(draft, target.generation_config).of_tree(None)
 
 
-class _Event:
-    def __init__(self, enable_timing=True):
-        pass
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, other):
-        return 2.0
-
-
 def test_a_round_and_its_parts_on_a_cpu(monkeypatch):
     timed = []
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "Event", Mock(return_value=Mock(elapsed_time=Mock(return_value=2.0))))
     monkeypatch.setattr(rounds, "ROUNDS", 4)
     monkeypatch.setattr(rounds, "measure", lambda function: timed.append(function()) or 1.0)
     target, draft, settings = pair(16, "cpu", torch.float32, heads=7, head_dim=16)

@@ -10,8 +10,8 @@ from longspec_hf_kernels.fused_norm import add_rms_norm_torch
 from longspec_hf_kernels.linear_configs import LinearConfig
 
 EPS = 1e-5
-# Sums of so many products, in fp32 in another order, lie on the other side of a half-precision middle as often as
-# other values do (`CHANGED`); longer sums more often, with the number of their terms.
+# Matrix units cut off the last bits of an fp32 sum at each step, so the longer the sum, the more often an fp16 result
+# is the next number: emulated, 2 % of the results of this depth and 8 % at 18944; of bf16 results, 0.3 and 1.2 %.
 USUAL_DEPTH = 4096
 
 
@@ -33,7 +33,7 @@ def assert_products(case: dict[str, Any], plain: LinearConfig, gated: LinearConf
     PyTorch's own products are no measure: those of fp16 may add up split sums in fp16.
     """
     x, weight, other = case["x"], case["weight"], case["other"]
-    share = CHANGED * max(1.0, x.shape[-1] / USUAL_DEPTH)
+    share = CHANGED * (max(1.0, x.shape[-1] / USUAL_DEPTH) if x.dtype == torch.float16 else 1.0)
     product, second = (_product(x, matrix) for matrix in (weight, other))
     assert_near(linear_triton(x, weight, plain), product, changed_share=share)
     opened = silu_and_multiply_torch(product, second)
