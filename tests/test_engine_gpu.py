@@ -6,9 +6,11 @@ import pytest
 import torch
 from models import ScriptedDraft, learned, prompt, tiny_target
 from rounding import equal_but_for_rounding
+from transformers.generation.streamers import BaseStreamer
 
 from longspec_hf.bench.counting import GuessingDraft, guessing_draft, make_counting
 from longspec_hf.engine.capture import Captured
+from longspec_hf.engine.host_copies import HostCopies
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,10 +54,11 @@ def test_captured_equals_uncaptured(dtype, sample, replays, monkeypatch):
                 torch.manual_seed(1)
                 out = call(model, ids, draft, do_sample=sample)
             rounds = out.speculation_stats.rounds
-            halves = 2 if sample else 1
-            # The draft's very first round compiles kernels; later calls are captured at once.
+            parts = 3 if sample else 2
+            # The draft's very first round compiles kernels; later calls are captured at once. The last round is
+            # followed by a beam for a next one.
             replayed = rounds - 1 if length == 3 else rounds
-            assert replays[0] - before == (halves * replayed if captured else 0)
+            assert replays[0] - before == (parts * replayed + 1 if captured else 0)
             texts.append(out.sequences)
         assert torch.equal(*texts)
 
@@ -102,6 +105,42 @@ def test_buffers_that_grow_are_captured_anew(replays, monkeypatch):
     kwargs = {"max_new_tokens": 400}
     plain = call(model, ids, **kwargs).sequences
     assert torch.equal(call(model, ids, learned(model, sliding_window=16), **kwargs).sequences, plain)
+
+
+@pytest.mark.parametrize("nodes", [16, 64])
+def test_a_call_within_a_streamer_of_another(nodes, replays):
+    """Graphs of the outer call are replayed after the inner call's, of the same streams, are destroyed."""
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    draft = learned(model, max_tree_nodes=nodes)
+    outer, inner = prompt(40, seed=2).cuda(), prompt(90, seed=3).cuda()
+    expected, within = call(model, outer).sequences, call(model, inner).sequences
+
+    class Nesting(BaseStreamer):
+        puts, same = 0, []
+
+        def put(self, value):
+            self.puts += 1
+            if self.puts % 7 == 0:
+                self.same.append(torch.equal(call(model, inner, draft).sequences, within))
+                torch.cuda.empty_cache()
+
+        def end(self):
+            pass
+
+    streamer = Nesting()
+    assert torch.equal(call(model, outer, draft, streamer=streamer).sequences, expected)
+    assert len(streamer.same) > 2 and all(streamer.same) and replays[0] > 20
+
+
+def test_what_is_fetched_is_of_its_point_of_the_stream():
+    copies = HostCopies(torch.device("cuda"))
+    tensor = torch.zeros(2, 3, dtype=torch.long, device="cuda")
+    reads = []
+    for step in range(20):
+        copies.send([[step] * 3, [-step] * 3], tensor)
+        reads.append(copies.fetch(tensor))
+        tensor.fill_(99)
+    assert [read() for read in reads] == [[[step] * 3, [-step] * 3] for step in range(20)]
 
 
 def test_threads_capture_and_replay_side_by_side():

@@ -122,7 +122,7 @@ class GuessingDraft(LongSpecDraftModel):
         logits = head(hidden)
         bonus = self.bonus[: token_ids.shape[0]].gather(1, position_ids)
         truth = (token_ids + 1) % min(CYCLE, self.config.vocab_size)
-        return logits.scatter_add(-1, truth.unsqueeze(-1), bonus.unsqueeze(-1).to(logits.dtype))
+        return logits.scatter_add_(-1, truth.unsqueeze(-1), bonus.unsqueeze(-1).to(logits.dtype))
 
 
 def guessing_draft(target: PreTrainedModel, draft_vocab_size: int | None = 32768, **settings: Any) -> GuessingDraft:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ class RoundTimes:
     """Milliseconds of rounds at one context.
 
     Attributes:
-        round_ms: median of whole rounds, from the copy of the n-grams to the host's read of the tokens.
+        round_ms: median of whole rounds in a row, from one's end to the next's: what the host does meanwhile counts
+            where the device waits for it.
         floor_ms: the bytes of such a round over the copy rate.
         tau: tokens a round.
         parts: milliseconds of the replays of each part by itself.
@@ -71,18 +74,16 @@ def engine_at(
     return engine
 
 
-def step(engine: Engine, settings: TreeSettings) -> tuple[float, int]:
-    """One greedy round and its bookkeeping; milliseconds by CUDA events, and tokens drawn."""
+def step(engine: Engine, settings: TreeSettings) -> tuple[torch.cuda.Event, int]:
+    """One greedy round and its bookkeeping; an event behind all that it gave the device, and tokens drawn."""
     engine.prepare(settings, greedy=True)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
     _, tokens = engine.greedy_round(settings)
+    end = torch.cuda.Event(enable_timing=True)
     end.record()
     lengths = engine.cache.row_lengths
     engine.cache.set_lengths([old + len(new) for old, new in zip(lengths, tokens, strict=True)])
     engine.generator.append(tokens, projected=True)
-    end.synchronize()
-    return start.elapsed_time(end), sum(map(len, tokens))
+    return end, sum(map(len, tokens))
 
 
 @torch.no_grad()
@@ -104,8 +105,9 @@ def time_rounds(
     engine = engine_at(target, draft, settings, context, sequences)
     try:
         step(engine, settings)
-        step(engine, settings)
-        done = [step(engine, settings) for _ in range(ROUNDS)]
+        ends, counts = zip(*[step(engine, settings) for _ in range(2 + ROUNDS)], strict=True)
+        ends[-1].synchronize()
+        times = [before.elapsed_time(after) for before, after in pairwise(ends[1:])]
         levels = len(settings.tree_shape)
         read = target_bytes(target) + cache_bytes(engine.cache, sequences)
         read += levels * draft_bytes(draft, engine.generator.bound, engine.cache, sequences)
@@ -116,9 +118,9 @@ def time_rounds(
         context=context,
         nodes=settings.max_nodes,
         levels=levels,
-        round_ms=sorted(ms for ms, _ in done)[ROUNDS // 2],
+        round_ms=statistics.median(times),
         floor_ms=read / rate * 1e3,
-        tau=sum(tokens for _, tokens in done) / ROUNDS / sequences,
+        tau=statistics.mean(counts[2:]) / sequences,
         parts=parts,
     )
 

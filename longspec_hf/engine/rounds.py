@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,27 @@ from ..settings import TreeSettings
 from ..tree import TokenTree
 from .capture import Captured, WarmKeys
 from .draft_forward import DraftForward
+from .host_copies import HostCopies
 from .state import RoundState
 from .target_forward import NodeAttention, target_logits
 from .walk import greedy_walk
+
+DRAFTS_AHEAD = {"cuda"}
+"""Kinds of devices that draft the next round's beam while the host still looks at this one's tokens."""
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """What the draft proposes, from the newest committed tokens on.
+
+    Attributes:
+        cos, sin: `[b, P, rotary_dim]` of the root's position and those after it.
+        beam: `None` where only the root is asked for.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    beam: Beam | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +64,9 @@ class Drafted:
 class Engine:
     """Decodes the rounds of one call.
 
-    The host reads a round's tokens, and nothing else. Where tokens are drawn by processors or by chance, the walk
-    between the two captured halves of a round is the caller's.
+    A round is a beam, and all that follows from it and from the n-grams' branch: verification, walk and commit. The
+    host reads a round's tokens, and nothing else; while it does what is to be done with them, the device drafts the
+    next round's beam. Where tokens are drawn by processors or by chance, the walk is the caller's.
 
     Args:
         target: its forwards.
@@ -62,6 +81,8 @@ class Engine:
         self.forward = DraftForward(generator.draft, generator.bound, generator.window, cache)
         self.device = generator.draft.device
         self.pool: Any = None
+        self._copies = HostCopies(self.device)
+        self._ahead: TreeSettings | None = None
         self._warm = WarmKeys(generator.draft)
         self._graphs: dict[tuple, Captured] = {}
         self._addresses: tuple[int, ...] = ()
@@ -69,11 +90,12 @@ class Engine:
         self._mover: RowMover | None = None
         self._state: RoundState | None = None
         self._widths: dict[TreeSettings, tuple[int, ...]] = {}
-        self._beams: Beam | list[list[int]] | None = None
+        self._beams: Callable[[], list[list[int]]] = list
         self._walks: dict[tuple[int, int], torch.Tensor] = {}
 
     def load(self, limits: Sequence[int], starts: torch.Tensor | None) -> None:
         """Take over where the first `len(limits)` sequences stand, from the host's books."""
+        self._drop_ahead()
         self._room = 0
         rows = self.generator.rows[: len(limits)]
         most = self.generator.longest_branch
@@ -101,16 +123,20 @@ class Engine:
 
     def close(self) -> None:
         """Free the graphs now; they hold themselves, and a collection in somebody's capture would break that."""
+        self._drop_ahead()
         self._graphs.clear()
         self._state = None
 
     def replays(self, settings: TreeSettings, greedy: bool) -> bool:
         """Whether the next such round is a replay, and so worth timing."""
-        return self._captured("greedy" if greedy else "verify", settings).replays
+        names = (["beam"] if settings.depth else []) + ["greedy" if greedy else "verify"]
+        return all(self._captured(name, settings).replays for name in names)
 
     def prepare(self, settings: TreeSettings, greedy: bool) -> None:
         """Do what a round needs done beforehand and now and then: room in the buffers, the window's move, captures."""
         state = self.state
+        if self._ahead != settings:
+            self._drop_ahead()
         rows = min(settings.max_nodes, settings.longest_path)
         if self.generator.window.make_room(state.sequences, rows):
             state.window_lengths.copy_(self.generator.window.lengths[: state.sequences])
@@ -118,15 +144,12 @@ class Engine:
         if max(lengths) + settings.max_nodes > self._room:
             self._make_room(lengths, settings.max_nodes)
         self.forward.levels(settings.tree_shape, state.sequences)
+        beam = self._prepare("beam", settings) if settings.depth else None
         if greedy:
-            self._prepare("greedy", settings)
+            self._prepare("greedy", settings, beam)
             return
         self._given(settings.longest_path)
-        verify, commit = self._prepare("verify", settings), self._captured("commit", settings)
-        # Without a graph the trees lie elsewhere in every round.
-        commit.can_capture &= verify.can_capture
-        commit.warm &= verify.graph is not None
-        self._prepare("commit", settings)
+        self._prepare("commit", settings, self._prepare("verify", settings, beam))
 
     def _make_room(self, lengths: Sequence[int], nodes: int) -> None:
         """Let the cache take so many nodes behind committed rows of these lengths."""
@@ -142,24 +165,27 @@ class Engine:
 
     def greedy_round(self, settings: TreeSettings) -> tuple[list[int], list[list[int]]]:
         """A whole round; returns how many nodes were drafted for every sequence, and its new tokens."""
-        self._write_branches(settings)
-        rows = self._captured("greedy", settings)().tolist()
+        self._draft(settings)
+        read = self._copies.fetch(self._captured("greedy", settings)())
+        self._draft_ahead(settings)
+        rows = read()
         tokens = [row[2 : 2 + row[1]] for row in rows]
-        self._beams = [row[2 + settings.longest_path :] for row in rows]
+        beams = [row[2 + settings.longest_path :] for row in rows]
+        self._beams = lambda: beams
         self.generator.window.advance([len(row) for row in tokens])
         return [row[0] for row in rows], tokens
 
     def draft_and_verify(self, settings: TreeSettings) -> tuple[TokenTree, torch.Tensor]:
         """The first half of a round; returns the trees and their logits `[b, T, V]`, for the caller to walk."""
-        self._write_branches(settings)
+        self._draft(settings)
         drafted, logits = self._captured("verify", settings)()
-        self._beams = drafted.beam
+        if drafted.beam is not None and self.generator.settings.choices is not None:
+            self._beams = self._copies.fetch(drafted.beam.as_integers())
         return drafted.tree, logits
 
     def beams(self, settings: TreeSettings) -> list[DraftedBeam]:
         """The sequences' beams of the last round, which had these settings; only where trees are chosen."""
-        rows = self._beams.as_integers().tolist() if isinstance(self._beams, Beam) else self._beams
-        return [DraftedBeam.of_integers(row, self._widths[settings]) for row in rows]
+        return [DraftedBeam.of_integers(row, self._widths[settings]) for row in self._beams()]
 
     def commit(
         self, settings: TreeSettings, visited: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
@@ -170,8 +196,9 @@ class Engine:
             [len(new), *nodes, *[0] * (most - len(nodes)), *new, *[0] * (most - len(new))]
             for nodes, new in zip(visited, tokens, strict=True)
         ]
-        self._given(most).copy_(torch.tensor(padded))
+        self._copies.send(padded, self._given(most))
         self._captured("commit", settings)()
+        self._draft_ahead(settings)
         self.generator.window.advance([len(row) for row in tokens])
 
     @property
@@ -183,6 +210,7 @@ class Engine:
 
     def _forget_graphs(self) -> None:
         """Their tensors are no longer the state's or the cache's."""
+        self._drop_ahead()
         self._graphs.clear()
         # A pool cannot be used again once its graphs are gone.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -190,14 +218,23 @@ class Engine:
     def _captured(self, name: str, settings: TreeSettings) -> Captured:
         key = (name, settings)
         if key not in self._graphs:
-            functions = {"greedy": self._greedy, "verify": self._draft_and_verify, "commit": self._commit}
+            functions = {
+                "beam": self.propose,
+                "greedy": self._greedy,
+                "verify": self._grow_and_verify,
+                "commit": self._commit,
+            }
             function, kind = functions[name], self._kind(name, settings)
             self._graphs[key] = Captured(lambda: function(settings), self.device, self.pool, kind in self._warm)
             self._warm.add(kind)
         return self._graphs[key]
 
-    def _prepare(self, name: str, settings: TreeSettings) -> Captured:
+    def _prepare(self, name: str, settings: TreeSettings, before: Captured | None = None) -> Captured:
+        """Capture what can be captured of a part of a round, which reads the result of the part before it."""
         captured = self._captured(name, settings)
+        if before is not None:  # without a graph its result lies elsewhere in every round
+            captured.can_capture &= before.can_capture
+            captured.warm &= before.graph is not None
         captured.prepare()
         if not captured.can_capture:
             self._warm.discard(self._kind(name, settings))
@@ -209,8 +246,11 @@ class Engine:
         return (name, settings, type(self.target), self.state.sequences, self.state.starts is None)
 
     def _greedy(self, settings: TreeSettings) -> torch.Tensor:
-        """One round; `[b, 2 + P]`: nodes drafted, tokens drawn, and which. The beam follows where trees are chosen."""
-        drafted = self.draft(settings)
+        """A round from the beam on; `[b, 2 + P]`: nodes drafted, tokens drawn, and which.
+
+        The beam follows where trees are chosen.
+        """
+        drafted = self._grow(settings)
         walked = self.walk(drafted, self.verify(drafted), settings)
         self.commit_paths(drafted, *walked)
         _, counts, tokens = walked
@@ -220,8 +260,8 @@ class Engine:
             parts.append(drafted.beam.as_integers())
         return torch.cat(parts, dim=1)
 
-    def _draft_and_verify(self, settings: TreeSettings) -> tuple[Drafted, torch.Tensor]:
-        drafted = self.draft(settings)
+    def _grow_and_verify(self, settings: TreeSettings) -> tuple[Drafted, torch.Tensor]:
+        drafted = self._grow(settings)
         return drafted, self.verify(drafted)
 
     def _commit(self, settings: TreeSettings) -> None:
@@ -231,8 +271,34 @@ class Engine:
         drafted, _ = self._captured("verify", settings).result
         self.commit_paths(drafted, visited, counts, tokens)
 
+    def _draft(self, settings: TreeSettings) -> None:
+        """Have the beam drafted, if it is not yet, and tell the device what the context's n-grams propose."""
+        if settings.depth and self._ahead is None:
+            self._captured("beam", settings)()
+        self._ahead = None
+        if length := settings.ngram_branch_length:
+            copied = self.generator.copy_branches(self.state.sequences, length)
+            branches = [[*tokens, *[-1] * (length - len(tokens))] for tokens in copied]
+            self._copies.send(branches, self.state.branches[:, :length])
+
+    def _draft_ahead(self, settings: TreeSettings) -> None:
+        """Have the next round's beam drafted, from what this one has committed: mostly it has the same settings."""
+        if self.device.type in DRAFTS_AHEAD and settings.depth and self._captured("beam", settings).replays:
+            self._captured("beam", settings)()
+            self._ahead = settings
+
+    def _drop_ahead(self) -> None:
+        """Wait for a beam that was drafted ahead, and do without it."""
+        if self._ahead is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self._ahead = None
+
     def draft(self, settings: TreeSettings) -> Drafted:
         """The trees of a round, on the device."""
+        return self.grow(self.propose(settings), settings)
+
+    def propose(self, settings: TreeSettings) -> Proposed:
+        """The beams of a round."""
         state = self.state
         last = state.root_positions + state.limits.clamp(min=0)
         steps = torch.arange(max(settings.longest_path, len(settings.tree_shape)), device=self.device)
@@ -241,11 +307,24 @@ class Engine:
             torch.minimum(state.root_positions + steps, last), bound.embed_tokens(state.roots)
         )
         if not settings.depth:
-            root = TokenTree.root_only(state.roots)
-            itself = root.valid.unsqueeze(-1)
-            return Drafted(root, itself, itself.long(), cos, sin)
+            return Proposed(cos, sin)
         beam = self.forward.beam(state, settings, cos, sin)
         self._widths[settings] = beam.widths
+        return Proposed(cos, sin, beam)
+
+    def _grow(self, settings: TreeSettings) -> Drafted:
+        """The trees of the beam that was drafted last."""
+        return self.grow(
+            self._captured("beam", settings).result if settings.depth else self.propose(settings), settings
+        )
+
+    def grow(self, proposed: Proposed, settings: TreeSettings) -> Drafted:
+        """The trees of a beam and of the n-grams' branch."""
+        state, beam = self.state, proposed.beam
+        if beam is None:
+            root = TokenTree.root_only(state.roots)
+            itself = root.valid.unsqueeze(-1)
+            return Drafted(root, itself, itself.long(), proposed.cos, proposed.sin)
         branch = state.branches[:, : settings.ngram_branch_length]
         *nodes, bits, ancestors = merge_tree(
             state.roots,
@@ -258,7 +337,7 @@ class Engine:
             settings.max_tree_nodes,
             settings.depth,
         )
-        return Drafted(TokenTree(*nodes), ancestors, bits, cos, sin, beam)
+        return Drafted(TokenTree(*nodes), ancestors, bits, proposed.cos, proposed.sin, beam)
 
     def verify(self, drafted: Drafted) -> torch.Tensor:
         """The target's logits `[b, T, V]` after every node."""
@@ -295,15 +374,6 @@ class Engine:
         ids = drafted.tree.token_ids.gather(1, visited)
         self.forward.append(self.state, ids, drafted.cos[:, :most], drafted.sin[:, :most])
         self.state.advance(counts, tokens)
-
-    def _write_branches(self, settings: TreeSettings) -> None:
-        """Tell the device what the context's n-grams propose."""
-        length = settings.ngram_branch_length
-        if not length:
-            return
-        copied = self.generator.copy_branches(self.state.sequences, length)
-        branches = torch.tensor([[*tokens, *[-1] * (length - len(tokens))] for tokens in copied])
-        self.state.branches[:, :length].copy_(branches)
 
     def _given(self, most: int) -> torch.Tensor:
         """`[b, 1 + 2 P]`: where a walk on the host puts the number of its tokens, the visited nodes and the tokens."""
