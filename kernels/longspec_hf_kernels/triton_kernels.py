@@ -26,7 +26,8 @@ def _load_rows(base, row, row_mask, dim, dim_mask, stride_row, stride_dim, MASK_
 
 @triton.jit
 def _tree_bits(words, first_key, num_words, row_ok):
-    """The bits of tree rows `first_key .. first_key + 31` (`first_key >= -64`), an int32 for each row."""
+    """The bits of tree rows `first_key .. first_key + 31`, an int32 for each row; none lie before row 0."""
+    first_key = tl.maximum(first_key, -64)  # a window begins far before the tree: no word there
     index = (first_key + 64) // 64 - 1
     offset = (first_key - index * 64).to(tl.uint64)
     at = row_ok.to(tl.int32) * 0 + index  # a vector: the interpreter mixes up vector & scalar masks

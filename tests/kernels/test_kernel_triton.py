@@ -51,6 +51,17 @@ def test_windows(window, prefix):
     assert case.error(hybrid_tree_attention_triton) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("tree_keys", [6, 66])
+def test_windows_that_reach_far_before_the_tree(tree_keys):
+    """No word before a tree's first is read for rows that lie far before it."""
+    case = make_case(prefixes=[600, 300], nodes=6, tree_keys=tree_keys, window=512, kv_heads=1, head_dim=16)
+    query, key, value, prefix_lens, bits = case.arguments
+    guarded = torch.full((bits.numel() + 512,), -1, dtype=torch.int64)
+    bits = guarded[256 : 256 + bits.numel()].view_as(bits).copy_(bits)
+    out = hybrid_tree_attention_triton(query, key, value, prefix_lens, bits, **case.options)
+    assert relative_error(out, case.expected()) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_softcap_and_sinks(splits):
     case = make_case(prefixes=[90, 0], softcap=3.0, sinks=True, strided=True)
