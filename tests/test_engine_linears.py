@@ -86,3 +86,30 @@ def test_what_the_kernels_are_not_made_for_is_called(read):
         linears.opened_gate(mlp_of("ordinary").float(), torch.randn(1, ROWS, HIDDEN))
         linears.opened_gate(mlp_of("ordinary"), torch.randn(1, 65, HIDDEN).half())
     assert read["gated_linear"] == 0
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kind", ["ordinary", "subclass", "hook", "replaced forward", "max_norm"])
+def test_the_table_is_read_only_of_ordinary_embeddings(kind, read, monkeypatch):
+    """Gemma's, for example, are scaled."""
+
+    class ScaledEmbedding(nn.Embedding):
+        def forward(self, token_ids):
+            return 2 * super().forward(token_ids)
+
+    torch.manual_seed(0)
+    embed = (ScaledEmbedding if kind == "subclass" else nn.Embedding)(20, HIDDEN)
+    if kind == "hook":
+        embed.register_forward_hook(lambda module, args, output: 2 * output)
+    elif kind == "replaced forward":
+        embed.forward = lambda ids, original=embed.forward: 2 * original(ids)
+    elif kind == "max_norm":
+        embed.max_norm = 1.0
+    token_ids, norm = torch.tensor([[3, 7, 7]]), torch.ones(HIDDEN)
+    reads, original = [], linears.embed_rms_norm
+    monkeypatch.setattr(linears, "embed_rms_norm", lambda *args: reads.append(1) or original(*args))
+    with torch.no_grad():
+        found = linears.embedded_normed(embed, token_ids, norm, 1e-5)
+        for got, wanted in zip(found, add_rms_norm(embed(token_ids), None, norm, 1e-5), strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert len(reads) == (kind == "ordinary")

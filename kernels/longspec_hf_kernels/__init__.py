@@ -8,9 +8,10 @@ Importing needs PyTorch only; Triton and flash-attn are used where they are inst
 from .api import hybrid_tree_attention
 from .commit_rows import RowMover
 from .fused_beam import best_children_fused
+from .fused_children import append_children
 from .fused_gate import silu_and_multiply
 from .fused_linear import few_rows_fit, gated_linear, linear_add_rms_norm, linear_few_rows
-from .fused_norm import add_rms_norm
+from .fused_norm import add_rms_norm, embed_rms_norm
 from .fused_rotary import rotate, rotate_and_store
 from .fused_tree import ancestor_matrix, level_depths, merge_nodes, merge_tree
 from .masks import pack_ancestor_bits, unpack_ancestor_bits
@@ -20,7 +21,9 @@ __all__ = [
     "RowMover",
     "add_rms_norm",
     "ancestor_matrix",
+    "append_children",
     "best_children_fused",
+    "embed_rms_norm",
     "few_rows_fit",
     "gated_linear",
     "hybrid_tree_attention",

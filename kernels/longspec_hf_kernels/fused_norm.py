@@ -1,9 +1,10 @@
-"""Residual addition and RMS norm in one step."""
+"""Residual addition, or the look-up of embeddings, and RMS norm in one step."""
 
 import torch
+from torch.nn import functional as F
 
 from .backends import uses_triton
-from .validation import expect
+from .validation import INT_DTYPES, expect
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -57,3 +58,44 @@ def add_rms_norm(
 
         return add_rms_norm_triton(x, residual, weight, eps)
     return add_rms_norm_torch(x, residual, weight, eps)
+
+
+def embed_rms_norm_torch(
+    table: torch.Tensor, token_ids: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of `embed_rms_norm`."""
+    return add_rms_norm_torch(F.embedding(token_ids, table), None, weight, eps)
+
+
+def embed_rms_norm(
+    table: torch.Tensor, token_ids: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Look up embeddings and norm them for the first layer, as `add_rms_norm` does. Inference only.
+
+    Args:
+        table: `[V, hidden]`.
+        token_ids: int32 or int64 `[...]`, from 0 to V - 1.
+        weight: `[hidden]`, in the dtype of `table`.
+        eps: added to the mean square.
+
+    Returns:
+        The normed embeddings and the embeddings, both `[..., hidden]`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    expect(table.dim() == 2, f"`table` must be of shape [V, hidden], got shape {list(table.shape)}.")
+    expect(
+        token_ids.dtype in INT_DTYPES,
+        f"`token_ids` must be int32 or int64, got {token_ids.dtype}.",
+    )
+    expect(
+        weight.shape == table.shape[-1:] and weight.dtype == table.dtype,
+        f"`weight` must be {table.dtype} of shape {list(table.shape[-1:])} like the rows of `table`, got "
+        f"{weight.dtype} of shape {list(weight.shape)}.",
+    )
+    if uses_triton(table):
+        from .fused_norm_kernel import embed_rms_norm_triton
+
+        return embed_rms_norm_triton(table, token_ids, weight, eps)
+    return embed_rms_norm_torch(table, token_ids, weight, eps)

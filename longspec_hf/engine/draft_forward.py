@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from longspec_hf_kernels import (
     add_rms_norm,
+    append_children,
     best_children_fused,
     hybrid_tree_attention,
     linear_few_rows,
@@ -22,7 +23,7 @@ from ..draft_window import DraftWindow
 from ..modeling_longspec import LongSpecAttention, LongSpecDraftModel
 from ..settings import TreeSettings
 from ..target import BoundTarget
-from .linears import opened_gate, project_add_norm, queries_keys_values
+from .linears import embedded_normed, opened_gate, project_add_norm, queries_keys_values
 from .state import RoundState
 
 
@@ -73,27 +74,22 @@ class DraftForward:
         if not tree_shape:
             return Beam.empty(count, device)
         levels = self.levels(tree_shape, count)
-        tokens, parents, scores, widths = [], [], [], []
+        widths = self._sizes((*tree_shape, 1))[1:]
+        tokens, parents = torch.empty(2, count, sum(widths), dtype=torch.long, device=device)
+        scores = torch.empty(count, sum(widths), device=device)
         level_ids, level_scores = state.roots, torch.zeros(count, 1, device=device)
-        bits = levels[0].own_bits
-        first_node = -1
+        bits: Any = levels[0].own_bits
+        first_node, place = -1, 0
         for depth, (width, level) in enumerate(zip(tree_shape, levels, strict=True)):
             rotary = (cos[:, depth : depth + 1], sin[:, depth : depth + 1])
             logits = self._expand(state, level_ids, bits, level, rotary)
-            level_scores, parent, level_ids = best_children_fused(
-                level_scores, logits, width, temperature=settings.beam_temperature
-            )
-            if self.bound.token_ids is not None:
-                level_ids = self.bound.token_ids[level_ids]
-            tokens.append(level_ids)
-            parents.append(parent + first_node)
-            scores.append(level_scores)
-            widths.append(level_ids.shape[1])
-            if depth + 1 < len(levels):
-                inherited = bits.gather(1, parent.unsqueeze(-1).expand(-1, -1, bits.shape[-1]))
-                bits = inherited | levels[depth + 1].own_bits
-            first_node = 0 if depth == 0 else first_node + widths[-2]
-        return Beam(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), tuple(widths))
+            children = best_children_fused(level_scores, logits, width, temperature=settings.beam_temperature)
+            own_bits = levels[depth + 1].own_bits if depth + 1 < len(levels) else None
+            names = self.bound.token_ids
+            bits = append_children((tokens, parents, scores), children, place, first_node, names, bits, own_bits)
+            level_scores, level_ids = children[0], tokens[:, place : place + widths[depth]]
+            first_node, place = place, place + widths[depth]
+        return Beam(tokens, parents, scores, tuple(widths))
 
     def levels(self, tree_shape: tuple[int, ...], sequences: int) -> list[Level]:
         """What is known of each level's nodes beforehand; made once, so that captured rounds only read it."""
@@ -136,8 +132,8 @@ class DraftForward:
         draft, count = self.draft, state.sequences
         scale = draft.config.head_dim**-0.5
         cos, sin = (table.expand(-1, token_ids.shape[1], -1) for table in rotary)
-        embeds = self.bound.embed_tokens(token_ids)
-        hidden, summed = add_rms_norm(embeds, None, *_norm_of(draft.input_layernorm, draft))
+        norm = _norm_of(draft.input_layernorm, draft)
+        hidden, summed = embedded_normed(self.bound.embed_tokens, token_ids, *norm)
         query = self._store(state, hidden, cos, sin, level.first_row)
         attended = hybrid_tree_attention(
             query,
@@ -172,7 +168,7 @@ class DraftForward:
             cos, sin: `[b, P, rotary_dim]`.
         """
         norm = _norm_of(self.draft.input_layernorm, self.draft)
-        hidden, _ = add_rms_norm(self.bound.embed_tokens(token_ids), None, *norm)
+        hidden, _ = embedded_normed(self.bound.embed_tokens, token_ids, *norm)
         self._store(state, hidden, cos, sin, 0)
 
     def _store(

@@ -1,6 +1,6 @@
-"""Projections of the target's and the draft's layers.
+"""Embeddings and projections of the target's and the draft's layers.
 
-An ordinary linear layer is read by its weight, in a kernel that also does what comes next. What a module of another
+An ordinary layer is read by its weight, in a kernel that also does what comes next. What a module of another
 kind computes (quantised, with LoRA, with a bias) is left to it: it is called, not unpacked.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from longspec_hf_kernels import (
     add_rms_norm,
+    embed_rms_norm,
     few_rows_fit,
     gated_linear,
     linear_add_rms_norm,
@@ -19,6 +20,15 @@ from longspec_hf_kernels import (
 from torch import nn
 
 from .capture import together
+
+
+def embedded_normed(
+    embed_tokens: nn.Module, token_ids: torch.Tensor, norm_weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of tokens `[b, T]`, normed for the first layer and as they are; both `[b, T, hidden]`."""
+    if type(embed_tokens) is nn.Embedding and embed_tokens.max_norm is None and _is_as_made(embed_tokens):
+        return embed_rms_norm(embed_tokens.weight, token_ids, norm_weight, eps)
+    return add_rms_norm(embed_tokens(token_ids), None, norm_weight, eps)
 
 
 def queries_keys_values(attention: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
@@ -53,9 +63,12 @@ def _are_read(hidden: torch.Tensor, *projections: Any) -> bool:
     return all(
         type(projection) is nn.Linear
         and projection.bias is None
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and "forward" not in vars(projection)
+        and _is_as_made(projection)
         and few_rows_fit(hidden, projection.weight)
         for projection in projections
     )
+
+
+def _is_as_made(module: nn.Module) -> bool:
+    """Whether nobody has given the module a forward or hooks of their own."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)

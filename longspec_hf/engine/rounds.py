@@ -303,9 +303,8 @@ class Engine:
         last = state.root_positions + state.limits.clamp(min=0)
         steps = torch.arange(max(settings.longest_path, len(settings.tree_shape)), device=self.device)
         bound = self.generator.bound
-        cos, sin = bound.position_embeddings(
-            torch.minimum(state.root_positions + steps, last), bound.embed_tokens(state.roots)
-        )
+        like = torch.empty(0, dtype=self.target.dtype, device=self.device)
+        cos, sin = bound.position_embeddings(torch.minimum(state.root_positions + steps, last), like)
         if not settings.depth:
             return Proposed(cos, sin)
         beam = self.forward.beam(state, settings, cos, sin)

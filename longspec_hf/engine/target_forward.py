@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from longspec_hf_kernels import add_rms_norm, hybrid_tree_attention, rotate_and_store
+from longspec_hf_kernels import hybrid_tree_attention, rotate_and_store
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import LongSpecCache
-from .linears import opened_gate, project_add_norm, queries_keys_values
+from .linears import embedded_normed, opened_gate, project_add_norm, queries_keys_values
 
 
 class NodeAttention:
@@ -89,8 +89,7 @@ def target_logits(
     decoder: Any = target.model
     layers: list[Any] = list(decoder.layers[: decoder.config.num_hidden_layers])
     norms: list[Any] = [layer.input_layernorm for layer in layers[1:]] + [decoder.norm]
-    summed = decoder.embed_tokens(token_ids)
-    normed, _ = add_rms_norm(summed, None, *_norm_of(layers[0].input_layernorm))
+    normed, summed = embedded_normed(decoder.embed_tokens, token_ids, *_norm_of(layers[0].input_layernorm))
     for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
         buffers = cache.layers[index].buffers(token_ids.shape[0])
         attention, mlp = layer.self_attn, layer.mlp

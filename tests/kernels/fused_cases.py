@@ -35,6 +35,50 @@ def randoms(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> 
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
+def children_case(
+    *, batch: int = 2, nodes: int = 5, width: int = 4, words: int = 2, names: bool = True, last: bool = False,
+    device: str = "cpu", seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of `append_children`: a level of `nodes` behind three others, in a beam of eight more columns."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(most: int, *shape: int) -> torch.Tensor:
+        return torch.randint(most, shape, generator=generator).to(device)
+
+    beam = torch.full((2, batch, width + 8), -7, device=device)
+    scores = torch.full((batch, width + 8), -7.0, device=device)
+    found = torch.randn(batch, width, generator=generator).to(device)
+    found[:1, -1] = -float("inf")
+    return {
+        "beam": (beam[0], beam[1], scores),
+        "children": (found, integers(nodes, batch, width), integers(50, batch, width)),
+        "place": 3,
+        "first_node": -1 if nodes == 1 else 2,
+        "token_ids": torch.randperm(100, generator=generator)[:50].to(device) if names else None,
+        "bits": integers(2**62, batch, nodes, words),
+        "own_bits": None if last else integers(2**62, batch, width, words),
+    }
+
+
+def appended_by_hand(case: dict[str, Any]) -> tuple[list[Any], list[Any] | None]:
+    """The beam's tokens, parents and scores as lists, and the children's bits."""
+    scores, parents, tokens = (part.tolist() for part in case["children"])
+    names = list(range(50)) if case["token_ids"] is None else case["token_ids"].tolist()
+    beam = [part.tolist() for part in case["beam"]]
+    seen: list[Any] = []
+    for row, found in enumerate(tokens):
+        seen.append([])
+        for child, token in enumerate(found):
+            parent, column = parents[row][child], case["place"] + child
+            beam[0][row][column] = names[token]
+            beam[1][row][column] = parent + case["first_node"]
+            beam[2][row][column] = scores[row][child]
+            if case["own_bits"] is not None:
+                pairs = zip(case["bits"][row, parent].tolist(), case["own_bits"][row, child].tolist(), strict=True)
+                seen[-1].append([inherited | own for inherited, own in pairs])
+    return beam, None if case["own_bits"] is None else seen
+
+
 def rotary_case(
     *,
     batch: int = 3,

@@ -7,9 +7,11 @@ from attention_cases import needs_interpreter
 from fused_cases import (
     CAPACITY,
     FIRST_ROWS,
+    appended_by_hand,
     assert_best,
     assert_near,
     child_scores,
+    children_case,
     fresh_buffers,
     moved_by_hand,
     randoms,
@@ -18,7 +20,9 @@ from fused_cases import (
 from longspec_hf_kernels import (
     RowMover,
     add_rms_norm,
+    append_children,
     best_children_fused,
+    embed_rms_norm,
     rotate,
     rotate_and_store,
     silu_and_multiply,
@@ -27,7 +31,7 @@ from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE, uses_triton
 from longspec_hf_kernels.commit_rows import move_rows_torch
 from longspec_hf_kernels.fused_beam import best_children_torch
 from longspec_hf_kernels.fused_gate import silu_and_multiply_torch
-from longspec_hf_kernels.fused_norm import add_rms_norm_torch
+from longspec_hf_kernels.fused_norm import add_rms_norm_torch, embed_rms_norm_torch
 from longspec_hf_kernels.fused_rotary import rotate_and_store_torch, rotate_torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -36,6 +40,13 @@ from longspec_hf.beam import best_children
 DTYPES = [torch.float32, torch.float16]
 ALL_DTYPES = [*DTYPES, torch.bfloat16]
 INFINITY = float("inf")
+CHILDREN = [
+    {},
+    {"nodes": 1, "width": 3, "words": 1},
+    {"names": False, "words": 3, "batch": 1},
+    {"last": True, "width": 64, "nodes": 64},
+    {"batch": 0},
+]
 
 
 @pytest.fixture
@@ -78,6 +89,34 @@ def test_norm_kernel(in_triton, added, hidden, dtype):
     got, expected = add_rms_norm(*arguments), add_rms_norm_torch(*arguments)
     assert_near(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [17, 64, 577])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 1), (0, 4)])
+def test_embeddings_are_looked_up_and_normed(in_triton, shape, hidden, dtype):
+    table, weight = randoms(50, hidden, seed=0, dtype=dtype), randoms(hidden, seed=1, dtype=dtype)
+    token_ids = torch.randint(50, (*shape, 2), generator=torch.Generator().manual_seed(2))[..., 0]
+    got = embed_rms_norm(table, token_ids, weight, 1e-2)
+    expected = embed_rms_norm_torch(table, token_ids, weight, 1e-2)
+    assert torch.equal(expected[1], table[token_ids])
+    assert torch.equal(got[1], expected[1])
+    assert got[0].shape == expected[0].shape == (*shape, hidden)
+    if token_ids.numel():
+        assert_near(got[0], expected[0])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("sizes", CHILDREN, ids=str)
+def test_children_take_their_places(sizes, backend, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
+    case = children_case(**sizes)
+    beam, seen = appended_by_hand(case)
+    bits = append_children(**case)
+    assert [part.tolist() for part in case["beam"]] == beam
+    assert (None if bits is None else bits.tolist()) == seen
 
 
 def test_the_gate_in_fp64():

@@ -4,9 +4,11 @@ import pytest
 import torch
 from fused_cases import (
     CAPACITY,
+    appended_by_hand,
     assert_best,
     assert_near,
     child_scores,
+    children_case,
     fresh_buffers,
     moved_by_hand,
     randoms,
@@ -15,7 +17,9 @@ from fused_cases import (
 from longspec_hf_kernels import (
     RowMover,
     add_rms_norm,
+    append_children,
     best_children_fused,
+    embed_rms_norm,
     merge_tree,
     rotate,
     rotate_and_store,
@@ -24,7 +28,7 @@ from longspec_hf_kernels import (
 from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE, uses_triton
 from longspec_hf_kernels.fused_beam import best_children_torch
 from longspec_hf_kernels.fused_gate import silu_and_multiply_torch
-from longspec_hf_kernels.fused_norm import add_rms_norm_torch
+from longspec_hf_kernels.fused_norm import add_rms_norm_torch, embed_rms_norm_torch
 from longspec_hf_kernels.fused_rotary import rotate_and_store_torch
 from tree_cases import SIZES, assert_same_tree, merged_by_hand, tree_problem
 
@@ -67,6 +71,28 @@ def test_norm(hidden, dtype):
         got, expected = (run(x, added, weight, 1e-6) for run in (add_rms_norm, add_rms_norm_torch))
         assert_near(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_embeddings(hidden, dtype):
+    table, weight = (randoms(*shape, seed=0, dtype=dtype, device="cuda") for shape in ((3000, hidden), (hidden,)))
+    for rows in (1, 16, 64):
+        token_ids = torch.randint(3000, (1, rows), generator=torch.Generator().manual_seed(rows)).cuda()
+        got, expected = (run(table, token_ids, weight, 1e-6) for run in (embed_rms_norm, embed_rms_norm_torch))
+        assert_near(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"nodes": 1, "words": 1}, {"last": True, "width": 64}, {"names": False}], ids=str
+)
+def test_children(sizes):
+    case = children_case(**sizes, device="cuda")
+    beam, seen = appended_by_hand(case)
+    bits = append_children(**case)
+    assert [part.tolist() for part in case["beam"]] == beam
+    assert (None if bits is None else bits.tolist()) == seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
