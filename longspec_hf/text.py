@@ -27,30 +27,32 @@ HARD_TIE_ULPS = 2
 
 
 class TextBuffer:
-    """Ids of one sequence, `[1, length]`, appended in place so that a token costs no copy of the text."""
+    """Ids of one sequence, `[1, length]`, appended in place so that a token costs no copy of the text.
+
+    New tokens go to their device when somebody asks for the ids: a copy would wait for what the device is doing.
+    """
 
     def __init__(self, input_ids: torch.Tensor) -> None:
         self.length = input_ids.shape[1]
         self._buffer = input_ids.new_empty(1, self.length + INITIAL_ROOM)
         self._buffer[:, : self.length] = input_ids
+        self._waiting: list[int] = []
 
     @property
     def ids(self) -> torch.Tensor:
         """View of the ids so far; tokens appended later do not change it."""
+        if count := len(self._waiting):
+            while self.length > self._buffer.shape[1]:
+                self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
+            # A number by itself is an argument of a kernel, which nobody waits for.
+            new = self._waiting[0] if count == 1 else torch.tensor(self._waiting)
+            self._buffer[0, self.length - count : self.length] = new
+            self._waiting = []
         return self._buffer[:, : self.length]
 
-    def append(self, token: int) -> None:
-        """Append one token."""
-        if self.length == self._buffer.shape[1]:
-            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
-        self._buffer[:, self.length] = token
-        self.length += 1
-
-    def append_all(self, tokens: Sequence[int]) -> None:
-        """Append tokens, with one copy."""
-        while self.length + len(tokens) > self._buffer.shape[1]:
-            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
-        self._buffer[0, self.length : self.length + len(tokens)] = torch.tensor(tokens)
+    def append(self, *tokens: int) -> None:
+        """Append tokens."""
+        self._waiting.extend(tokens)
         self.length += len(tokens)
 
 
@@ -169,7 +171,7 @@ class TokenDrawer:
                 self.streamer.put(torch.tensor([token]))
             if stop:
                 break
-        self.text.append_all(kept)
+        self.text.append(*kept)
         return kept, stop
 
     def commit(self, token: int) -> tuple[int, bool]:

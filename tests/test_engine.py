@@ -16,6 +16,7 @@ from longspec_hf.hook import CACHE_ARG
 from longspec_hf.pacing import ENGINE_CERTAIN, ENGINE_PATIENCE, Pacer
 from longspec_hf.settings import resolve_tree_settings
 from longspec_hf.target import bind
+from longspec_hf.text import TextBuffer
 from longspec_hf.tree import TokenTree, ancestor_matrix
 from longspec_hf.tree_choice import TreeChooser
 from longspec_hf.verification import walk
@@ -212,6 +213,24 @@ def test_the_next_beam_is_drafted_while_the_host_looks_at_the_tokens(sample, mon
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     taus = [out.speculation_stats.accepted_per_depth for out in outs]
     assert taus[0] == taus[1]
+
+
+def test_greedy_rounds_leave_the_ids_on_the_host(monkeypatch):
+    """A copy to the device would wait for the beam it drafts."""
+    asked, ids_of = [0], TextBuffer.ids.fget
+
+    def counted(self):
+        asked[0] += 1
+        return ids_of(self)
+
+    monkeypatch.setattr(TextBuffer, "ids", property(counted))
+    model = tiny_target(initializer_range=0.1)
+    ids, counts = prompt(40, seed=5), []
+    for new_tokens in (8, 40):
+        asked[0] = 0
+        call(model, ids, learned(model, fallback_to_plain=False), max_new_tokens=new_tokens)
+        counts.append(asked[0])
+    assert counts[0] == counts[1] > 0
 
 
 def test_another_tree_has_a_beam_of_its_own(monkeypatch):

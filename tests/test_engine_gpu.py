@@ -9,6 +9,7 @@ from rounding import equal_but_for_rounding
 from transformers.generation.streamers import BaseStreamer
 
 from longspec_hf.bench.counting import GuessingDraft, guessing_draft, make_counting
+from longspec_hf.engine import Engine
 from longspec_hf.engine.capture import Captured
 from longspec_hf.engine.host_copies import HostCopies
 
@@ -130,6 +131,41 @@ def test_a_call_within_a_streamer_of_another(nodes, replays):
     streamer = Nesting()
     assert torch.equal(call(model, outer, draft, streamer=streamer).sequences, expected)
     assert len(streamer.same) > 2 and all(streamer.same) and replays[0] > 20
+
+
+def test_rounds_wait_for_their_tokens_alone(monkeypatch):
+    """Nothing else may wait for the device, which drafts ahead: PyTorch raises where a copy or a read would."""
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    draft, ids = learned(model, fallback_to_plain=False), prompt(40, seed=2).cuda()
+    plain = call(model, ids).sequences
+    call(model, ids, draft)  # compiles
+    count, greedy_round, close = [0], Engine.greedy_round, Engine.close
+
+    def watched(self, settings):
+        count[0] += 1
+        if count[0] == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        return greedy_round(self, settings)
+
+    def closed(self):
+        torch.cuda.set_sync_debug_mode("default")
+        close(self)
+
+    monkeypatch.setattr(Engine, "greedy_round", watched)
+    monkeypatch.setattr(Engine, "close", closed)
+    out = call(model, ids, draft, eos_token_id=63, streamer=Silent())
+    assert count[0] > 10
+    assert out.sequences[0].tolist() == plain[0, : out.sequences.shape[1]].tolist()
+
+
+class Silent(BaseStreamer):
+    """A streamer that is given tokens, and does nothing."""
+
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
 
 
 def test_what_is_fetched_is_of_its_point_of_the_stream():
