@@ -27,7 +27,8 @@ class NgramIndex:
         self.min_match = min_match
         self._tokens: list[int] = []
         self._previous: list[int] = []  # per position, the last earlier one that ended in the same pair, -1 if none
-        self._latest: dict[tuple[int, int], int] = {}
+        # By both tokens in one number: a tuple for every token would keep the garbage collector busy.
+        self._latest: dict[int, int] = {}
         self._latest_of_one: dict[int, int] = {}
         self._before = -1  # last earlier position of the newest token
 
@@ -38,7 +39,7 @@ class NgramIndex:
         """Add committed tokens."""
         for token in tokens:
             position = len(self._tokens)
-            key = (self._tokens[-1] if position else -1, token)
+            key = ((self._tokens[-1] + 1) << 32 if position else 0) | token
             self._tokens.append(token)
             self._previous.append(self._latest.get(key, -1))
             self._latest[key] = position
