@@ -30,7 +30,7 @@ class HostCopies:
         copied.synchronize()  # the copy before has been read; new events do not wait
         buffer.copy_(torch.tensor(values))
         target.copy_(buffer, non_blocking=True)
-        copied.record()
+        copied.record(torch.cuda.current_stream(target.device))
 
     def fetch(self, source: torch.Tensor) -> Callable[[], list[Any]]:
         """Begin to read a tensor as it is at this point of the stream; the result waits for that and no later work."""
@@ -40,7 +40,7 @@ class HostCopies:
         buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         buffer.copy_(source, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(source.device))
 
         def read() -> list[Any]:
             copied.synchronize()
