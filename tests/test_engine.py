@@ -277,6 +277,31 @@ def test_a_state_loaded_again_has_a_beam_of_its_own():
             generator.window.advance([-len(tokens[0])])
 
 
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_the_chooser_sees_the_beam_of_the_round_and_not_the_next_one(sample, monkeypatch):
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(40, seed=5)
+    draft = learned(model, tree_shape="auto", fallback_to_plain=False)
+    draft.generation_config = GenerationConfig(max_tree_nodes=16)
+    monkeypatch.setattr(TreeChooser, "looks", True)
+    monkeypatch.setattr(TreeChooser, "choose", lambda self, *_: self.settings)
+    add_round, seen = TreeChooser.add_round, []
+    monkeypatch.setattr(
+        TreeChooser,
+        "add_round",
+        lambda self, outcomes, *rest: seen.append(outcomes) or add_round(self, outcomes, *rest),
+    )
+    calls = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(rounds, "DRAFTS_AHEAD", devices)
+        seen.clear()
+        torch.manual_seed(1)
+        call(model, ids, draft, do_sample=sample)
+        calls.append(list(seen))
+    assert calls[0] == calls[1]
+    assert sum(len(outcomes) == 1 for outcomes in calls[0]) > 5
+
+
 @pytest.mark.parametrize("offset", range(6))
 def test_a_stop_inside_a_block_ends_the_text_there(offset):
     model = tiny_target(initializer_range=0.1)
