@@ -29,9 +29,10 @@ CPU_TREE = {"tree_shape": CPU_SHAPE, "max_tree_nodes": 8, "ngram_branch_length":
 There a forward's time grows with its rows from the first few on, so the nodes of the general tree cost more than the
 tokens they add.
 """
-CPU_MIN_MATCH = 2
-"""Shortest match there, where only the draft's configuration says otherwise: in trees of 4 to 16 nodes copies after
-one token bring less than the beam's nodes in their place."""
+SMALL_TREE = 16
+SMALL_TREE_MIN_MATCH = 2
+"""Shortest match for trees of up to `SMALL_TREE` nodes, on a CPU and in large batches, where only the draft's
+configuration says otherwise: copies after one token bring less there than the beam's nodes in their place."""
 CPU_BRANCH = 8
 """Longest branch there beside a shape of the user's, where only the draft's configuration says otherwise."""
 
@@ -144,8 +145,10 @@ def resolve_tree_settings(
         values[name] = getattr(draft.config, name) if chosen is None else chosen
     validate_tree_settings(**values)
     on_cpu = draft.device.type == "cpu"
-    if on_cpu and _chosen("ngram_min_match", draft, generation_config) is None:
-        values["ngram_min_match"] = max(values["ngram_min_match"], CPU_MIN_MATCH)
+    nodes = values["max_tree_nodes"] // (sequences if values["tree_shape"] == AUTO else 1)
+    small = on_cpu or nodes <= SMALL_TREE
+    if small and _chosen("ngram_min_match", draft, generation_config) is None:
+        values["ngram_min_match"] = max(values["ngram_min_match"], SMALL_TREE_MIN_MATCH)
     values["beam_temperature"] = _beam_temperature(generation_config)
     limit = generation_config.num_assistant_tokens
     if values["tree_shape"] == AUTO:

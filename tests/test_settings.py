@@ -90,6 +90,18 @@ def test_on_a_cpu_the_configurations_branch_is_cut_and_the_users_is_not():
     assert resolve_tree_settings(shorter, GenerationConfig()).ngram_branch_length == 4
 
 
+@pytest.mark.parametrize(
+    ("shape", "nodes", "sequences", "expected"),
+    [("auto", 64, 3, 1), ("auto", 64, 4, 2), ("auto", 16, 1, 2), ([3, 5], 64, 8, 1), ([3, 5], 16, 8, 2)],
+)
+def test_one_token_is_no_match_for_small_trees(shape, nodes, sequences, expected):
+    """Of "auto" a batch of four gets 16 nodes a sequence; trees of the user's are of each sequence."""
+    draft = draft_with("meta", tree_shape=shape, max_tree_nodes=nodes)
+    assert resolve_tree_settings(draft, GenerationConfig(), sequences).ngram_min_match == expected
+    asked = with_tree_settings(GenerationConfig(), ngram_min_match=1)
+    assert resolve_tree_settings(draft, asked, sequences).ngram_min_match == 1
+
+
 def test_one_token_is_match_enough_but_on_a_cpu():
     for shape in ("auto", [3, 5]):
         assert resolve_tree_settings(draft_with("meta", tree_shape=shape), GenerationConfig()).ngram_min_match == 1

@@ -48,11 +48,7 @@ def add_rms_norm(
             f"`residual` must be {x.dtype} of shape {list(x.shape)} like `x`, got {residual.dtype} of shape "
             f"{list(residual.shape)}.",
         )
-    expect(
-        weight.shape == x.shape[-1:] and weight.dtype == x.dtype,
-        f"`weight` must be {x.dtype} of shape {list(x.shape[-1:])} like the last dimension of `x`, got "
-        f"{weight.dtype} of shape {list(weight.shape)}.",
-    )
+    _expect_weight(weight, x, "x")
     if uses_triton(x):
         from .fused_norm_kernel import add_rms_norm_triton
 
@@ -85,17 +81,18 @@ def embed_rms_norm(
         ValueError: a shape or dtype does not fit.
     """
     expect(table.dim() == 2, f"`table` must be of shape [V, hidden], got shape {list(table.shape)}.")
-    expect(
-        token_ids.dtype in INT_DTYPES,
-        f"`token_ids` must be int32 or int64, got {token_ids.dtype}.",
-    )
-    expect(
-        weight.shape == table.shape[-1:] and weight.dtype == table.dtype,
-        f"`weight` must be {table.dtype} of shape {list(table.shape[-1:])} like the rows of `table`, got "
-        f"{weight.dtype} of shape {list(weight.shape)}.",
-    )
+    expect(token_ids.dtype in INT_DTYPES, f"`token_ids` must be int32 or int64, got {token_ids.dtype}.")
+    _expect_weight(weight, table, "table")
     if uses_triton(table):
         from .fused_norm_kernel import embed_rms_norm_triton
 
         return embed_rms_norm_triton(table, token_ids, weight, eps)
     return embed_rms_norm_torch(table, token_ids, weight, eps)
+
+
+def _expect_weight(weight: torch.Tensor, like: torch.Tensor, name: str) -> None:
+    expect(
+        weight.shape == like.shape[-1:] and weight.dtype == like.dtype,
+        f"`weight` must be {like.dtype} of shape {list(like.shape[-1:])} like the last dimension of `{name}`, got "
+        f"{weight.dtype} of shape {list(weight.shape)}.",
+    )

@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where a real model's prompts come from: a text, or the JSONL of `evaluate_tau.py generate`",
     )
     models.add_argument("--prompts", type=int, default=1, help="prompts of each context to take the mean of")
+    models.add_argument(
+        "--repeats", type=int, default=3, help="calls for each prompt to take the median time of, default %(default)s"
+    )
     models.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature; 0: greedy")
     models.add_argument("--new-tokens", type=int, default=256, help="tokens of a call, default %(default)s")
     models.add_argument("--slow-tokens", type=int, default=64, help="the same for transformers' own ways")
@@ -156,7 +159,7 @@ def measure_calls(
             for way in args.ways:
                 tokens = args.slow_tokens if way.startswith("transformers") else args.new_tokens
                 done = [
-                    decode(way, target, draft, ids, tokens, warm_up=not index, **options)
+                    decode(way, target, draft, ids, tokens, warm_up=not index, repeats=args.repeats, **options)
                     for index, ids in enumerate(given)
                 ]
                 rows.append({"context": context, "batch": sequences, "temperature": args.temperature, "way": way})

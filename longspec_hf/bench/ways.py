@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ def decode(
     input_ids: torch.Tensor,
     new_tokens: int,
     warm_up: bool = True,
+    repeats: int = 1,
     **options: Any,
 ) -> Decoded:
     """Measure a way.
@@ -62,6 +64,7 @@ def decode(
         input_ids: `[B, n]`, no padding.
         new_tokens: of the output; all are written, whatever end tokens come.
         warm_up: call once before, and say what that took.
+        repeats: calls to take the median time of, of either length; they write the same text.
         options: further arguments of `generate`, such as `do_sample`.
     """
 
@@ -78,9 +81,10 @@ def decode(
 
     first = _seconds(call(new_tokens))[0] if warm_up else None
     torch.cuda.reset_peak_memory_stats()
-    seconds, output = _seconds(call(new_tokens))
+    timed = [_seconds(call(new_tokens)) for _ in range(repeats)]
+    seconds, output = statistics.median(taken for taken, _ in timed), timed[-1][1]
     peak = torch.cuda.max_memory_allocated()
-    prefill, _ = _seconds(call(1))
+    prefill = statistics.median(_seconds(call(1))[0] for _ in range(repeats))
     stats = getattr(output, "speculation_stats", None)
     written = output.sequences.shape[1] - input_ids.shape[1] - 1
     return Decoded(

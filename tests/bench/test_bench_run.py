@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from models import tiny_target
 from saved_pairs import save_tiny_pair
 
 from longspec_hf.bench import run as bench
+from longspec_hf.bench import ways
 from longspec_hf.bench.ways import CAPTURED_PLAIN, COMPILED, LONGSPEC, PLAIN, Decoded
 from longspec_hf.cli import main
 
@@ -156,13 +158,24 @@ def test_every_way_is_called_at_every_context(monkeypatch):
     sizes = ["--contexts", "10", "20", "--new-tokens", "5", "--slow-tokens", "4", "--temperature", "0.8"]
     args = options("--shape", "llama-3-8b", *sizes, "--ways", PLAIN, LONGSPEC)
     rows = bench.measure_calls(args, tiny_target(), None)
-    sampled = {"warm_up": True, "do_sample": True, "temperature": 0.8, "top_k": 0}
+    sampled = {"warm_up": True, "repeats": 3, "do_sample": True, "temperature": 0.8, "top_k": 0}
     assert calls == [(way, n, k, sampled) for n in (10, 20) for way, k in ((PLAIN, 4), (LONGSPEC, 5))]
     assert [(row["context"], row["batch"], row["way"], row["temperature"]) for row in rows] == [
         (n, 1, way, 0.8) for n in (10, 20) for way in (PLAIN, LONGSPEC)
     ]
     assert [row["over_default"] for row in rows] == [1.0, 4.0, 1.0, 4.0]
     assert {row["over_compiled"] for row in rows} == {row["over_captured_plain"] for row in rows} == {None}
+
+
+def test_times_are_medians_so_that_one_pause_does_not_count(monkeypatch):
+    taken = iter([9.0, 2.0, 2.9, 2.1, 1.0, 1.5, 1.1])
+    output = SimpleNamespace(sequences=torch.zeros(1, 14), speculation_stats=None)
+    monkeypatch.setattr(ways, "_seconds", lambda function: (next(taken), output))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+    found = ways.decode(PLAIN, None, None, torch.zeros(1, 3, dtype=torch.long), 11, repeats=3)
+    assert (found.token_ms, found.prefill_ms, found.warm_up_s) == pytest.approx((100.0, 1100.0, 6.9))
+    assert next(taken, None) is None
 
 
 def test_ratios_are_to_the_plain_ways():
