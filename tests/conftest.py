@@ -10,6 +10,7 @@ from models import tiny_target
 from warm_python import TORCH, TRANSFORMERS, warm_python
 
 import longspec_hf  # noqa: F401  (registers the drafts)
+from longspec_hf.engine import rounds, support
 
 # Modules whose tests take longest: first, so that no process is left alone with one at the end.
 LONGEST = (
@@ -55,3 +56,13 @@ def warm_torch(tmp_path_factory):
     """The same without transformers, which reads the Hub's settings when it is imported."""
     with warm_python(tmp_path_factory.mktemp("warm_torch"), TORCH) as script:
         yield script
+
+
+@pytest.fixture
+def engine_on_cpu():
+    """The engine decodes on the CPU too, uncaptured, and drafts ahead as on a GPU."""
+    for devices in (support.ENGINE_DEVICES, rounds.DRAFTS_AHEAD):
+        devices.add("cpu")
+    yield
+    for devices in (support.ENGINE_DEVICES, rounds.DRAFTS_AHEAD):
+        devices.discard("cpu")

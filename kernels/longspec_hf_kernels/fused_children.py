@@ -50,9 +50,30 @@ def append_children(
         int64 `[B, m, words]`: what each child's parent sees, and its own row. None without `own_bits`.
 
     Raises:
-        ValueError: the children do not fit into the beam.
+        ValueError: a shape or dtype does not fit, or the children do not fit into the beam.
     """
-    width, most = children[2].shape[1], beam[0].shape[1]
+    batch, most = beam[0].shape
+    width = children[2].shape[-1]
+    for name, tensors, columns, dtypes in (
+        ("beam", beam, most, (torch.int64, torch.int64, torch.float32)),
+        ("children", children, width, (torch.float32, torch.int64, torch.int64)),
+    ):
+        expect(
+            all(t.shape == (batch, columns) and t.dtype == d for t, d in zip(tensors, dtypes, strict=True)),
+            f"`{name}` must be {', '.join(map(str, dtypes))} of shape {[batch, columns]} each, got "
+            f"{', '.join(f'{t.dtype} of shape {list(t.shape)}' for t in tensors)}.",
+        )
+    expect(all(t.is_contiguous() for t in beam), "`beam` must be contiguous tensors: it is written in place.")
+    expect(
+        bits.dim() == 3 and bits.shape[0] == batch and bits.dtype == torch.int64,
+        f"`bits` must be torch.int64 of shape [{batch}, nodes, words], got {bits.dtype} of shape {list(bits.shape)}.",
+    )
+    seen = (batch, width, bits.shape[-1])
+    expect(
+        own_bits is None or (own_bits.shape == seen and own_bits.dtype == torch.int64),
+        f"`own_bits` must be None or torch.int64 of shape {list(seen)}, got "
+        f"{None if own_bits is None else f'{own_bits.dtype} of shape {list(own_bits.shape)}'}.",
+    )
     expect(
         place >= 0 and place + width <= most,
         f"`place` must be from 0 to {most - width} for {width} children in a beam of {most}, got {place}.",

@@ -47,7 +47,7 @@ def append_children_triton(
     if batch and width:
         append_children_kernel[(batch,)](
             *(part.contiguous() for part in children),
-            token_ids,
+            None if token_ids is None else token_ids.contiguous(),
             bits.contiguous(),
             own,
             *beam,

@@ -1,13 +1,21 @@
-"""Every access of a kernel in the interpreter must lie within the tensors of its launch."""
+"""Kernels in the interpreter: how to have them, and that every access lies within the tensors of its launch."""
 
 import os
 
 import numpy
 import pytest
 import torch
+from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE, uses_triton
 
 # Finds its buffers by a table of addresses.
 BY_ADDRESS = {"move_rows_kernel"}
+
+
+@pytest.fixture
+def in_triton(monkeypatch):
+    """The public functions run the kernels, in the interpreter."""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert uses_triton(torch.zeros(1))
 
 
 def extent(tensor):
