@@ -59,7 +59,7 @@ def test_rounds_without_graphs_for_the_sanitizer(context, monkeypatch):
     not, until a tensor lies at the end of one."""
     monkeypatch.setattr(Captured, "prepare", lambda self: None)
     monkeypatch.setattr(rounds, "ROUNDS", 4)
-    monkeypatch.setattr(rounds, "measure", lambda function: function() and 1.0)
+    monkeypatch.setattr(rounds, "measure", lambda function: (function(), 1.0)[1])
     target, draft, settings = pair(64, "cuda", torch.bfloat16, heads=28, head_dim=128)
     assert rounds.time_rounds(target, draft, settings, context, rate=1e12, with_parts=True).tau > 1
     torch.cuda.synchronize()
