@@ -12,6 +12,7 @@ from .fused_children import append_children
 from .fused_gate import silu_and_multiply
 from .fused_linear import few_rows_fit, gated_linear, linear_add_rms_norm, linear_few_rows
 from .fused_norm import add_rms_norm, embed_rms_norm
+from .fused_projection import project_rotate, project_rotate_and_store, projections_fit
 from .fused_rotary import rotate, rotate_and_store
 from .fused_tree import ancestor_matrix, level_depths, merge_nodes, merge_tree
 from .masks import pack_ancestor_bits, unpack_ancestor_bits
@@ -34,6 +35,9 @@ __all__ = [
     "merge_nodes",
     "merge_tree",
     "pack_ancestor_bits",
+    "project_rotate",
+    "project_rotate_and_store",
+    "projections_fit",
     "rotate",
     "rotate_and_store",
     "silu_and_multiply",

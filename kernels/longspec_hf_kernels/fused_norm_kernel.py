@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import overlapped
+from .triton_configs import device_limits
+
 # Elements of a row per warp: 16 for each thread.
 WARP_ELEMENTS = 512
 MAX_WARPS = 16
@@ -13,7 +16,7 @@ MAX_WARPS = 16
 def add_rms_norm_kernel(
     x, token_ids, residual, weight, normed, summed, eps, stride_part,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_TOKENS: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows,). Rounds to the dtype after each sum, the scaling and the product, as PyTorch's steps do.
 
@@ -22,6 +25,9 @@ def add_rms_norm_kernel(
     dtype = normed.dtype.element_ty
     channel = tl.arange(0, BLOCK)
     mask = channel < HIDDEN
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     at = tl.program_id(0).to(tl.int64) * HIDDEN + channel
     source = at
     if HAS_TOKENS:
@@ -84,6 +90,7 @@ def _launch(
         return
     hidden = x.shape[-1]
     block = triton.next_power_of_2(hidden)
+    early = device_limits(normed.device).dependent_launch
     add_rms_norm_kernel[(normed.numel() // hidden,)](
         x,
         token_ids,
@@ -98,5 +105,7 @@ def _launch(
         PARTS=parts,
         HAS_RESIDUAL=residual is not None,
         HAS_TOKENS=token_ids is not None,
+        EARLY=early,
         num_warps=min(MAX_WARPS, max(1, block // WARP_ELEMENTS)),
+        **overlapped(early),
     )

@@ -81,7 +81,7 @@ def rotate(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    _validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
+    validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
     if uses_triton(query):
         from .fused_rotary_kernel import rotate_triton
 
@@ -120,7 +120,42 @@ def rotate_and_store(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    _validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
+    validate_store(
+        query, key, value, cos, sin, key_buffer, value_buffer, first_rows,
+        head_dim=head_dim, offset=offset, query_norm=query_norm, key_norm=key_norm,
+    )  # fmt: skip
+    buffers = (key_buffer, value_buffer, first_rows)
+    options: dict[str, Any] = {"query_norm": query_norm, "key_norm": key_norm, "eps": eps}
+    if uses_triton(query):
+        from .fused_rotary_kernel import rotate_and_store_triton
+
+        return rotate_and_store_triton(
+            query, key, value, cos, sin, *buffers, head_dim=head_dim, offset=offset, **options
+        )
+    return rotate_and_store_torch(query, key, value, cos, sin, *buffers, head_dim=head_dim, offset=offset, **options)
+
+
+def validate_store(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_buffer: torch.Tensor,
+    value_buffer: torch.Tensor,
+    first_rows: torch.Tensor,
+    *,
+    head_dim: int,
+    offset: int,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+) -> None:
+    """Check the arguments of `rotate_and_store`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
     batch, heads = key.shape[0], key.shape[-1] // head_dim
     for name, tensor in (("key", key), ("value", value)):
         expect(
@@ -128,7 +163,7 @@ def rotate_and_store(
             f"`{name}` must be {query.dtype} of shape {list(key.shape)} with a contiguous last dimension, got "
             f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}.",
         )
-    _validate_rotation(key, cos, sin, head_dim, key_norm, "key_norm", name="key")
+    validate_rotation(key, cos, sin, head_dim, key_norm, "key_norm", name="key")
     for name, buffer in (("key_buffer", key_buffer), ("value_buffer", value_buffer)):
         fits = buffer.dim() == 4 and buffer.shape[0] >= batch and tuple(buffer.shape[1::2]) == (heads, head_dim)
         expect(
@@ -147,18 +182,9 @@ def rotate_and_store(
         f"{list(first_rows.shape)}.",
     )
     expect(offset >= 0, f"`offset` must not be negative, got {offset}.")
-    buffers = (key_buffer, value_buffer, first_rows)
-    options: dict[str, Any] = {"query_norm": query_norm, "key_norm": key_norm, "eps": eps}
-    if uses_triton(query):
-        from .fused_rotary_kernel import rotate_and_store_triton
-
-        return rotate_and_store_triton(
-            query, key, value, cos, sin, *buffers, head_dim=head_dim, offset=offset, **options
-        )
-    return rotate_and_store_torch(query, key, value, cos, sin, *buffers, head_dim=head_dim, offset=offset, **options)
 
 
-def _validate_rotation(
+def validate_rotation(
     query: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -167,6 +193,11 @@ def _validate_rotation(
     norm_name: str,
     name: str = "query",
 ) -> None:
+    """Check the arguments of `rotate`; `name` is what is rotated.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
     fits = query.dim() == 3 and query.shape[-1] % head_dim == 0 and query.stride(-1) == 1
     expect(
         fits,

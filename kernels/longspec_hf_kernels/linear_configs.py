@@ -43,12 +43,16 @@ class LinearConfig:
     warps: int = 4
 
 
-def is_for_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernel is made for `x @ weight.T`: few rows of half precision and whole tiles of depth."""
+def is_for_few_rows(x: torch.Tensor, weight: torch.Tensor, *, saves_launches: bool = False) -> bool:
+    """Whether the kernel is made for `x @ weight.T`: few rows of half precision and whole tiles of depth.
+
+    Args:
+        saves_launches: it stands for several launches of the libraries' kernels, which small weights wait for.
+    """
     rows = x.numel() // max(1, x.shape[-1])
     return (
         0 < rows <= MOST_ROWS
-        and (rows <= FEW_ROWS or weight.numel() > SMALL_MATRIX)
+        and (saves_launches or rows <= FEW_ROWS or weight.numel() > SMALL_MATRIX)
         and x.dtype == weight.dtype
         and x.dtype in LINEAR_DTYPES
         and weight.is_contiguous()

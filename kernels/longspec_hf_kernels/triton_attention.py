@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .early_launch import overlapped
 from .hopper_attention import hopper_fits, launch_hopper_splits
 from .triton_configs import (
     HOPPER_TILE,
@@ -177,11 +178,6 @@ def hybrid_tree_attention_triton(
             **overlapped(plan.dependent),
         )
     return out
-
-
-def overlapped(wanted: bool) -> dict[str, bool]:
-    """Launch options of a kernel that is brought in before its predecessor has finished; it must wait for it."""
-    return {"launch_pdl": True} if wanted else {}
 
 
 def count_tree_keys(ancestor_bits: torch.Tensor | None, key_depths: torch.Tensor | None) -> int:

@@ -13,8 +13,6 @@ from longspec_hf_kernels import (
     hybrid_tree_attention,
     linear_few_rows,
     pack_ancestor_bits,
-    rotate,
-    rotate_and_store,
 )
 
 from ..beam import Beam
@@ -23,7 +21,7 @@ from ..draft_window import DraftWindow
 from ..modeling_longspec import LongSpecAttention, LongSpecDraftModel
 from ..settings import TreeSettings
 from ..target import BoundTarget
-from .linears import embedded_normed, opened_gate, project_add_norm, queries_keys_values
+from .linears import embedded_normed, opened_gate, project_add_norm, project_and_store, project_queries
 from .state import RoundState
 
 
@@ -149,8 +147,8 @@ class DraftForward:
         norm = _norm_of(draft.post_self_attention_layernorm, draft)
         hidden, summed = project_add_norm(draft.self_attn.o_proj, _joined(attended), summed, *norm)
         cross = draft.cross_attn
-        query = rotate(
-            cross.q_proj(hidden), cos, sin, head_dim=cross.head_dim, **_head_norm(cross, "query_norm", "q_norm")
+        query = project_queries(
+            cross, hidden, cos, sin, head_dim=cross.head_dim, **_head_norm(cross, "query_norm", "q_norm")
         )
         keys, values = self.cache.layers[self.bound.layer_idx].buffers(count)
         attended = hybrid_tree_attention(query, keys, values, state.lengths, None, starts=state.starts, scale=scale)
@@ -176,11 +174,9 @@ class DraftForward:
     ) -> torch.Tensor:
         """Write the window's rows of normed hidden states; returns their rotated queries."""
         attention = self.draft.self_attn
-        query, key, value = queries_keys_values(attention, hidden)
-        return rotate_and_store(
-            query,
-            key,
-            value,
+        return project_and_store(
+            attention,
+            hidden,
             cos,
             sin,
             self.window.keys,

@@ -1,11 +1,12 @@
 """Embeddings and projections of the target's and the draft's layers.
 
 An ordinary layer is read by its weight, in a kernel that also does what comes next. What a module of another
-kind computes (quantised, with LoRA, with a bias) is left to it: it is called, not unpacked.
+kind computes (quantised, with LoRA) is left to it: it is called, not unpacked.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from longspec_hf_kernels import (
     few_rows_fit,
     gated_linear,
     linear_add_rms_norm,
+    project_rotate,
+    project_rotate_and_store,
+    projections_fit,
+    rotate,
+    rotate_and_store,
     silu_and_multiply,
 )
 from torch import nn
@@ -31,14 +37,37 @@ def embedded_normed(
     return add_rms_norm(embed_tokens(token_ids), None, norm_weight, eps)
 
 
-def queries_keys_values(attention: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
-    """The three projections `[b, T, heads * D]` of an attention module."""
-    return together(
-        hidden.device,
-        lambda: attention.q_proj(hidden),
-        lambda: attention.k_proj(hidden),
-        lambda: attention.v_proj(hidden),
-    )
+def project_and_store(
+    attention: Any,
+    hidden: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_buffer: torch.Tensor,
+    value_buffer: torch.Tensor,
+    first_rows: torch.Tensor,
+    **options: Any,
+) -> torch.Tensor:
+    """Rotated queries `[b, Hq, T, D]` of an attention module over `[b, T, hidden]`; its K/V rows are written.
+
+    Arguments and `options` as of `rotate_and_store`.
+    """
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    rest = (cos, sin, key_buffer, value_buffer, first_rows)
+    if _are_ordinary(*projections) and projections_fit(hidden, *(each.weight for each in projections)):
+        weights, biases = zip(*((each.weight, each.bias) for each in projections), strict=True)
+        return project_rotate_and_store(hidden, weights, biases, *rest, **options)
+    projected = together(hidden.device, *(functools.partial(each, hidden) for each in projections))
+    return rotate_and_store(*projected, *rest, **options)
+
+
+def project_queries(
+    attention: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """Rotated queries `[b, Hq, T, D]` of an attention module over `[b, T, hidden]`; `options` as of `rotate`."""
+    projection = attention.q_proj
+    if _are_ordinary(projection) and projections_fit(hidden, projection.weight):
+        return project_rotate(hidden, projection.weight, projection.bias, cos, sin, **options)
+    return rotate(projection(hidden), cos, sin, **options)
 
 
 def opened_gate(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -59,14 +88,15 @@ def project_add_norm(
 
 
 def _are_read(hidden: torch.Tensor, *projections: Any) -> bool:
-    """Whether all are ordinary linear layers that the kernels are made for."""
-    return all(
-        type(projection) is nn.Linear
-        and projection.bias is None
-        and _is_as_made(projection)
-        and few_rows_fit(hidden, projection.weight)
-        for projection in projections
+    """Whether all are ordinary linear layers without a bias that the kernels are made for."""
+    return _are_ordinary(*projections) and all(
+        each.bias is None and few_rows_fit(hidden, each.weight) for each in projections
     )
+
+
+def _are_ordinary(*projections: Any) -> bool:
+    """Whether all are linear layers as PyTorch has them."""
+    return all(type(each) is nn.Linear and _is_as_made(each) for each in projections)
 
 
 def _is_as_made(module: nn.Module) -> bool:

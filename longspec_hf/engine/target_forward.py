@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from longspec_hf_kernels import hybrid_tree_attention, rotate_and_store
+from longspec_hf_kernels import hybrid_tree_attention
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import LongSpecCache
-from .linears import embedded_normed, opened_gate, project_add_norm, queries_keys_values
+from .linears import embedded_normed, opened_gate, project_add_norm, project_and_store
 
 
 class NodeAttention:
@@ -48,11 +48,9 @@ class NodeAttention:
     ) -> torch.Tensor:
         """What a transformers attention module over `[b, T, hidden]` gives to its last projection."""
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        query, key, value = queries_keys_values(attention, hidden)
-        query = rotate_and_store(
-            query,
-            key,
-            value,
+        query = project_and_store(
+            attention,
+            hidden,
             self.cos,
             self.sin,
             key_buffer,
