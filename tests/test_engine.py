@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 from engine_calls import after_prefill, call
+from longspec_hf_kernels import greedy_walk
 from models import ScriptedDraft, learned, prompt, tiny_target
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from longspec_hf.engine import Engine
-from longspec_hf.engine.walk import greedy_walk
 from longspec_hf.pacing import ENGINE_CERTAIN, ENGINE_PATIENCE, Pacer
 from longspec_hf.settings import resolve_tree_settings
-from longspec_hf.tree import TokenTree, ancestor_matrix
+from longspec_hf.tree import TokenTree
 from longspec_hf.verification import walk
 
 pytestmark = pytest.mark.usefixtures("engine_on_cpu")
@@ -264,12 +264,14 @@ def test_the_walk_on_the_device_is_the_walk_on_the_host():
             *(torch.tensor([row + unused]) for row in (ids, parents, depths)),
             torch.tensor([[True] * count + [False] * len(unused)]),
         )
-        best = torch.randint(0, 4, (1, 12), generator=generator)
+        logits = torch.randn(1, 12, 4, generator=generator)
+        best = logits.argmax(-1)
         result = walk(ids, parents, lambda node, best=best: (int(best[0, node]), False))
-        visited, counts, tokens = greedy_walk(tree, ancestor_matrix(tree.parents, tree.valid), best, 12)
-        used = int(counts[0])
-        assert visited[0, :used].tolist() == result.visited
-        assert tokens[0, :used].tolist() == result.tokens
+        visited, report = greedy_walk(tree.token_ids, tree.parents, tree.valid, logits, 12)
+        drafted, used, *tokens = report[0].tolist()
+        assert drafted == count - 1
+        assert visited[0].tolist() == result.visited + [0] * (12 - used)
+        assert tokens == result.tokens + [0] * (12 - used)
 
 
 @pytest.mark.parametrize(

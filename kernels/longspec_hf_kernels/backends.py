@@ -92,7 +92,8 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
     if wanted == "torch" or (wanted != "triton" and tensor.device.type == "cpu"):
         return False
-    return _has_triton() and tensor.dtype in TRITON_DTYPES and _device_runs_triton(tensor.device, _interpreted())
+    fits = tensor.dtype in TRITON_DTYPES or not tensor.is_floating_point()
+    return _has_triton() and fits and _device_runs_triton(tensor.device, _interpreted())
 
 
 def load_backend(name: str) -> Callable[..., torch.Tensor]:

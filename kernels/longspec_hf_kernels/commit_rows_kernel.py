@@ -10,7 +10,7 @@ WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 @triton.jit(do_not_specialize=["most", "capacity", "heads"])
 def move_rows_kernel(
     addresses, lengths, visited, counts,
-    stride_b, stride_h, stride_n, stride_visited_b, stride_visited_p,
+    stride_b, stride_h, stride_n, stride_length, stride_visited_b, stride_visited_p, stride_count,
     most, capacity, heads,
     WORD: tl.constexpr, ROW_WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -22,8 +22,8 @@ def move_rows_kernel(
     buffer = tl.load(addresses + tl.program_id(0)).to(tl.pointer_type(WORD))
     sequence = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    first = tl.load(lengths + sequence).to(tl.int64)
-    count = tl.minimum(tl.load(counts + sequence).to(tl.int32), most)
+    first = tl.load(lengths + sequence * stride_length).to(tl.int64)
+    count = tl.minimum(tl.load(counts + sequence * stride_count).to(tl.int32), most)
     word = tl.arange(0, BLOCK)
     mask = word < ROW_WORDS
     base = buffer + sequence * stride_b + head * stride_h
@@ -67,7 +67,9 @@ def move_rows_triton(
         visited,
         counts,
         *(stride // word for stride in strides),
+        lengths.stride(0),
         *visited.stride(),
+        counts.stride(0),
         visited.shape[1],
         capacity,
         heads,

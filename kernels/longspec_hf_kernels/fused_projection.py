@@ -126,9 +126,9 @@ def project_rotate_and_store(
     expect(
         value.shape == key.shape, f"`weights[2]` must be {list(key.shape)} like `weights[1]`, got {list(value.shape)}."
     )
-    like = [x.new_empty(*x.shape[:2], weight.shape[0], device="meta") for weight in weights]
+    queries, keys, values = (x.new_empty(*x.shape[:2], weight.shape[0], device="meta") for weight in weights)
     validate_store(
-        *like, cos, sin, key_buffer, value_buffer, first_rows,
+        queries, keys, values, cos, sin, key_buffer, value_buffer, first_rows,
         head_dim=head_dim, offset=offset, query_norm=query_norm, key_norm=key_norm,
     )  # fmt: skip
     rest = (cos, sin, key_buffer, value_buffer, first_rows)

@@ -110,6 +110,8 @@ class GuessingDraft(LongSpecDraftModel):
         generator = torch.Generator().manual_seed(seed)
         right = torch.rand(sequences, positions, generator=generator) < rate
         self.bonus = torch.where(right, CERTAIN, -CERTAIN).to(device=self.device, dtype=self.dtype)
+        vocab_size = self.config.vocab_size
+        self.following = (torch.arange(vocab_size, device=self.device) + 1) % min(CYCLE, vocab_size)
 
     def next_token_logits(
         self,
@@ -121,8 +123,7 @@ class GuessingDraft(LongSpecDraftModel):
         """The draft's scores, the true next token far above or far below all others."""
         logits = head(hidden)
         bonus = self.bonus[: token_ids.shape[0]].gather(1, position_ids)
-        truth = (token_ids + 1) % min(CYCLE, self.config.vocab_size)
-        return logits.scatter_add_(-1, truth.unsqueeze(-1), bonus.unsqueeze(-1).to(logits.dtype))
+        return logits.scatter_add_(-1, self.following[token_ids].unsqueeze(-1), bonus.unsqueeze(-1).to(logits.dtype))
 
 
 def guessing_draft(target: PreTrainedModel, draft_vocab_size: int | None = 32768, **settings: Any) -> GuessingDraft:

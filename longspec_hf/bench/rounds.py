@@ -129,7 +129,7 @@ def time_parts(engine: Engine, settings: TreeSettings) -> dict[str, float]:
     """Milliseconds of each part of a round, captured by itself. The engine's state is used up."""
     drafted = engine.draft(settings)
     logits = engine.verify(drafted)
-    walked = engine.walk(drafted, logits, settings)
+    visited, report = engine.walk(drafted, logits, settings)
     attend = engine.attention_of(drafted)
     sequences, nodes = drafted.tree.token_ids.shape
     config = engine.target.config
@@ -156,7 +156,7 @@ def time_parts(engine: Engine, settings: TreeSettings) -> dict[str, float]:
             )
 
     def beam() -> None:
-        engine.forward.beam(state, settings, drafted.cos, drafted.sin)
+        engine.forward.beam(state, settings, drafted.positions)
 
     parts = {
         "draft": lambda: engine.draft(settings),
@@ -164,7 +164,7 @@ def time_parts(engine: Engine, settings: TreeSettings) -> dict[str, float]:
         "verify": lambda: engine.verify(drafted),
         "of it attention": attention,
         "walk": lambda: engine.walk(drafted, logits, settings),
-        "commit": lambda: engine.commit_paths(drafted, *walked),
+        "commit": lambda: engine.commit_paths(drafted, visited, report[:, 1], report[:, 2:]),
     }
     # All graphs live until the last is timed: newer PyTorch frees the workspace that cuBLAS has for a stream when a
     # graph captured on it is destroyed, though others may use it (pytorch/pytorch issue 193402).

@@ -22,6 +22,7 @@ from ..modeling_longspec import LongSpecAttention, LongSpecDraftModel
 from ..settings import TreeSettings
 from ..target import BoundTarget
 from .linears import embedded_normed, opened_gate, project_add_norm, project_and_store, project_queries
+from .positions import Positions
 from .state import RoundState
 
 
@@ -30,13 +31,11 @@ class Level:
     """Nodes of one depth that are expanded.
 
     Attributes:
-        depth: theirs.
         first_row: where their rows begin among the tree rows of the window.
         own_bits: int64 `[b, k, words]`, each node's own tree row.
         depths, key_depths: `[b, k]` theirs, and `[b, rows]` those of all tree rows up to theirs.
     """
 
-    depth: int
     first_row: int
     own_bits: torch.Tensor
     depths: torch.Tensor
@@ -60,13 +59,13 @@ class DraftForward:
     cache: LongSpecCache
     known: dict[tuple[tuple[int, ...], int], list[Level]] = field(default_factory=dict)
 
-    def beam(self, state: RoundState, settings: TreeSettings, cos: torch.Tensor, sin: torch.Tensor) -> Beam:
+    def beam(self, state: RoundState, settings: TreeSettings, positions: Positions) -> Beam:
         """Expand level by level, keeping at each depth the paths of highest summed log-probability.
 
         Args:
             state: where the call stands.
             settings: nodes to keep at each depth, and the temperature of their scores.
-            cos, sin: `[b, depths, rotary_dim]` of the root's position and those after it.
+            positions: of the root and those after it.
         """
         count, device, tree_shape = state.sequences, state.roots.device, settings.tree_shape
         if not tree_shape:
@@ -79,8 +78,8 @@ class DraftForward:
         bits: Any = levels[0].own_bits
         first_node, place = -1, 0
         for depth, (width, level) in enumerate(zip(tree_shape, levels, strict=True)):
-            rotary = (cos[:, depth : depth + 1], sin[:, depth : depth + 1])
-            logits = self._expand(state, level_ids, bits, level, rotary)
+            here = Positions(*(rows[:, depth : depth + 1] for rows in positions))
+            logits = self._expand(state, level_ids, bits, level, here)
             children = best_children_fused(level_scores, logits, width, temperature=settings.beam_temperature)
             own_bits = levels[depth + 1].own_bits if depth + 1 < len(levels) else None
             names = self.bound.token_ids
@@ -100,7 +99,6 @@ class DraftForward:
             row_depths = [depths.to(self.window.keys.device) for depths in row_depths]
             self.known[key] = [
                 Level(
-                    depth,
                     sum(sizes[:depth]),
                     bits.contiguous(),
                     row_depths[depth],
@@ -124,12 +122,12 @@ class DraftForward:
         token_ids: torch.Tensor,
         bits: torch.Tensor,
         level: Level,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        position: Positions,
     ) -> torch.Tensor:
         """Scores of the token after each node `[b, k]` of one level; their K/V become tree rows of the window."""
         draft, count = self.draft, state.sequences
         scale = draft.config.head_dim**-0.5
-        cos, sin = (table.expand(-1, token_ids.shape[1], -1) for table in rotary)
+        cos, sin = (rows.expand(-1, token_ids.shape[1], -1) for rows in position[:2])
         norm = _norm_of(draft.input_layernorm, draft)
         hidden, summed = embedded_normed(self.bound.embed_tokens, token_ids, *norm)
         query = self._store(state, hidden, cos, sin, level.first_row)
@@ -154,8 +152,8 @@ class DraftForward:
         attended = hybrid_tree_attention(query, keys, values, state.lengths, None, starts=state.starts, scale=scale)
         norm = _norm_of(draft.post_cross_attention_layernorm, draft)
         hidden, summed = project_add_norm(cross.o_proj, _joined(attended), summed, *norm)
-        positions = (state.root_positions + level.depth).expand_as(token_ids)
-        return self._next_token_logits(opened_gate(draft.mlp, hidden), summed, token_ids, positions)
+        opened = opened_gate(draft.mlp, hidden)
+        return self._next_token_logits(opened, summed, token_ids, position.ids.expand_as(token_ids))
 
     def append(self, state: RoundState, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Write the K/V of tokens `[b, P]` from the root on behind the window's rows; the caller counts them.

@@ -56,8 +56,8 @@ def project_and_store(
     if _are_ordinary(*projections) and projections_fit(hidden, *(each.weight for each in projections)):
         weights, biases = zip(*((each.weight, each.bias) for each in projections), strict=True)
         return project_rotate_and_store(hidden, weights, biases, *rest, **options)
-    projected = together(hidden.device, *(functools.partial(each, hidden) for each in projections))
-    return rotate_and_store(*projected, *rest, **options)
+    query, key, value = together(hidden.device, *(functools.partial(each, hidden) for each in projections))
+    return rotate_and_store(query, key, value, *rest, **options)
 
 
 def project_queries(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from longspec_hf_kernels import RowMover, merge_tree
+from longspec_hf_kernels import RowMover, greedy_walk, merge_tree
 from transformers import PreTrainedModel
 
 from ..acceptance import DraftedBeam
@@ -19,9 +19,9 @@ from ..tree import TokenTree
 from .capture import Captured, WarmKeys
 from .draft_forward import DraftForward
 from .host_copies import HostCopies
+from .positions import Positions, RotaryTable
 from .state import RoundState
 from .target_forward import NodeAttention, target_logits
-from .walk import greedy_walk
 
 DRAFTS_AHEAD = {"cuda"}
 """Kinds of devices that draft the next round's beam while the host still looks at this one's tokens."""
@@ -32,12 +32,11 @@ class Proposed:
     """What the draft proposes, from the newest committed tokens on.
 
     Attributes:
-        cos, sin: `[b, P, rotary_dim]` of the root's position and those after it.
+        positions: of the root and those after it.
         beam: `None` where only the root is asked for.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    positions: Positions
     beam: Beam | None = None
 
 
@@ -47,17 +46,14 @@ class Drafted:
 
     Attributes:
         tree: T nodes a sequence.
-        ancestors: bool `[b, T, T]`.
-        ancestor_bits: the same as int64 `[b, T, words]`.
-        cos, sin: `[b, P, rotary_dim]` of the root's position and those after it.
+        ancestor_bits: int64 `[b, T, words]`, what each node sees of the others.
+        positions: of the root and those after it.
         beam: that the trees were made of; `None` for roots alone.
     """
 
     tree: TokenTree
-    ancestors: torch.Tensor
     ancestor_bits: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    positions: Positions
     beam: Beam | None = None
 
 
@@ -81,6 +77,7 @@ class Engine:
         self.forward = DraftForward(generator.draft, generator.bound, generator.window, cache)
         self.device = generator.draft.device
         self.pool: Any = None
+        self._rotary = RotaryTable(generator.bound, torch.empty(0, dtype=target.dtype, device=self.device))
         self._copies = HostCopies(self.device)
         self._ahead: TreeSettings | None = None
         self._warm = WarmKeys(generator.draft)
@@ -99,6 +96,11 @@ class Engine:
         self._room = 0
         rows = self.generator.rows[: len(limits)]
         most = self.generator.longest_branch
+        begins = [row.root_position for row in rows]
+        # The last token of a text is never read, but the beam behind it may be drafted ahead.
+        ends = [begin + max(limit, 0) + 1 for begin, limit in zip(begins, limits, strict=True)]
+        if self._rotary.cover(min(begins), max(ends)):
+            self._forget_graphs()
         wide = [[row.root, row.root_position, limit] for row, limit in zip(rows, limits, strict=True)]
         narrow = [self.cache.row_lengths[: len(rows)], self.generator.window.row_lengths[: len(rows)]]
         roots, positions, depths = torch.tensor(wide, device=self.device).unsqueeze(-1).unbind(1)
@@ -251,14 +253,11 @@ class Engine:
         The beam follows where trees are chosen.
         """
         drafted = self._grow(settings)
-        walked = self.walk(drafted, self.verify(drafted), settings)
-        self.commit_paths(drafted, *walked)
-        _, counts, tokens = walked
-        numbers = torch.stack([drafted.tree.valid.sum(dim=1) - 1, counts.long()], dim=1)
-        parts = [numbers, tokens]
-        if drafted.beam is not None and self.generator.settings.choices is not None:
-            parts.append(drafted.beam.as_integers())
-        return torch.cat(parts, dim=1)
+        visited, report = self.walk(drafted, self.verify(drafted), settings)
+        self.commit_paths(drafted, visited, report[:, 1], report[:, 2:])
+        if drafted.beam is None or self.generator.settings.choices is None:
+            return report
+        return torch.cat([report, drafted.beam.as_integers()], dim=1)
 
     def _grow_and_verify(self, settings: TreeSettings) -> tuple[Drafted, torch.Tensor]:
         drafted = self._grow(settings)
@@ -299,17 +298,13 @@ class Engine:
 
     def propose(self, settings: TreeSettings) -> Proposed:
         """The beams of a round."""
-        state = self.state
-        last = state.root_positions + state.limits.clamp(min=0)
-        steps = torch.arange(max(settings.longest_path, len(settings.tree_shape)), device=self.device)
-        bound = self.generator.bound
-        like = torch.empty(0, dtype=self.target.dtype, device=self.device)
-        cos, sin = bound.position_embeddings(torch.minimum(state.root_positions + steps, last), like)
+        state, steps = self.state, max(settings.longest_path, len(settings.tree_shape))
+        positions = self._rotary.rows(state.root_positions, state.limits, steps)
         if not settings.depth:
-            return Proposed(cos, sin)
-        beam = self.forward.beam(state, settings, cos, sin)
+            return Proposed(positions)
+        beam = self.forward.beam(state, settings, positions)
         self._widths[settings] = beam.widths
-        return Proposed(cos, sin, beam)
+        return Proposed(positions, beam)
 
     def _grow(self, settings: TreeSettings) -> Drafted:
         """The trees of the beam that was drafted last."""
@@ -323,9 +318,9 @@ class Engine:
         if beam is None:
             root = TokenTree.root_only(state.roots)
             itself = root.valid.unsqueeze(-1)
-            return Drafted(root, itself, itself.long(), proposed.cos, proposed.sin)
+            return Drafted(root, itself.long(), proposed.positions)
         branch = state.branches[:, : settings.ngram_branch_length]
-        *nodes, bits, ancestors = merge_tree(
+        *nodes, bits, _ = merge_tree(
             state.roots,
             beam.token_ids,
             beam.parents,
@@ -336,7 +331,7 @@ class Engine:
             settings.max_tree_nodes,
             settings.depth,
         )
-        return Drafted(TokenTree(*nodes), ancestors, bits, proposed.cos, proposed.sin, beam)
+        return Drafted(TokenTree(*nodes), bits, proposed.positions, beam)
 
     def verify(self, drafted: Drafted) -> torch.Tensor:
         """The target's logits `[b, T, V]` after every node."""
@@ -344,24 +339,23 @@ class Engine:
 
     def attention_of(self, drafted: Drafted) -> NodeAttention:
         """What the target's layers need to know of the trees."""
-        depths = drafted.tree.depths
-        at_depth = depths.unsqueeze(-1).expand(-1, -1, drafted.cos.shape[-1])
+        depths, (cos, sin, _) = drafted.tree.depths, drafted.positions
+        at_depth = depths.unsqueeze(-1).expand(-1, -1, cos.shape[-1])
         return NodeAttention(
             self.state.lengths,
             drafted.ancestor_bits,
             depths,
             self.state.starts,
-            drafted.cos.gather(1, at_depth),
-            drafted.sin.gather(1, at_depth),
+            cos.gather(1, at_depth),
+            sin.gather(1, at_depth),
         )
 
     def walk(
         self, drafted: Drafted, logits: torch.Tensor, settings: TreeSettings
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The greedy walk; see [`greedy_walk`]."""
-        # In fp32, as plain decoding compares them: in fp64 two logits may differ that are equal there.
-        best = (logits.float() if logits.dtype == torch.float64 else logits).argmax(dim=-1)
-        return greedy_walk(drafted.tree, drafted.ancestors, best, settings.longest_path)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What greedy decoding visits, and the report of it; see `greedy_walk`."""
+        tree = drafted.tree
+        return greedy_walk(tree.token_ids, tree.parents, tree.valid, logits, settings.longest_path)
 
     def commit_paths(
         self, drafted: Drafted, visited: torch.Tensor, counts: torch.Tensor, tokens: torch.Tensor
@@ -371,7 +365,8 @@ class Engine:
         self._mover.move(self.state.lengths, visited, counts)
         most = visited.shape[1]
         ids = drafted.tree.token_ids.gather(1, visited)
-        self.forward.append(self.state, ids, drafted.cos[:, :most], drafted.sin[:, :most])
+        cos, sin, _ = drafted.positions
+        self.forward.append(self.state, ids, cos[:, :most], sin[:, :most])
         self.state.advance(counts, tokens)
 
     def _given(self, most: int) -> torch.Tensor:

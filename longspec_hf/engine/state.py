@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from longspec_hf_kernels import advance
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,4 @@ class RoundState:
 
     def advance(self, counts: torch.Tensor, tokens: torch.Tensor) -> None:
         """Move on by the first `counts` `[b]` of the drawn `tokens` `[b, P]`, in place."""
-        last = counts.long().unsqueeze(1)
-        self.roots.copy_(tokens.gather(1, last - 1))
-        self.root_positions.add_(last)
-        self.limits.sub_(last)
-        self.lengths.add_(counts)
-        self.window_lengths.add_(counts)
+        advance(self.roots, self.root_positions, self.limits, self.lengths, self.window_lengths, counts, tokens)
