@@ -1,10 +1,11 @@
 """Which projections of a layer are read by their weights, and that both ways compute the same."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
-from longspec_hf_kernels import add_rms_norm, silu_and_multiply
+from longspec_hf_kernels import add_rms_norm, rotate_and_store, silu_and_multiply
 from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE
 from torch import nn
 
@@ -14,7 +15,10 @@ from longspec_hf.modeling_longspec import LongSpecMLP
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on a CPU in Triton's interpreter only"
 )
-HIDDEN, INTERMEDIATE, ROWS = 64, 128, 3
+HIDDEN, INTERMEDIATE, ROWS, HEAD_DIM = 64, 128, 3, 16
+MLP_READERS = ["gated_linear", "linear_add_rms_norm"]
+ATTENTION_READERS = ["project_rotate_and_store", "project_rotate"]
+READERS = MLP_READERS + ATTENTION_READERS
 
 
 class Sizes:
@@ -34,13 +38,13 @@ class Scaled(nn.Linear):
 def read(monkeypatch):
     """Runs kernels in the interpreter; says how often a weight was read instead of its module called."""
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
-    counts = {"gated_linear": 0, "linear_add_rms_norm": 0}
+    counts = dict.fromkeys(READERS, 0)
     for name in counts:
         original = getattr(linears, name)
 
-        def counted(*args, _name=name, _original=original):
+        def counted(*args, _name=name, _original=original, **options):
             counts[_name] += 1
-            return _original(*args)
+            return _original(*args, **options)
 
         monkeypatch.setattr(linears, name, counted)
     return counts
@@ -77,7 +81,47 @@ def test_weights_are_read_only_of_ordinary_layers(kind, read):
         torch.testing.assert_close(opened, expected, rtol=4e-3, atol=1e-3)
         for got, wanted in zip(found, add_rms_norm(mlp.down_proj(opened), residual, norm, 1e-5), strict=True):
             torch.testing.assert_close(got, wanted, rtol=4e-3, atol=2e-3)
-    assert set(read.values()) == {int(kind == "ordinary")}
+    assert {read[name] for name in MLP_READERS} == {int(kind == "ordinary")}
+
+
+def attention_of(kind):
+    torch.manual_seed(0)
+    attention = SimpleNamespace(
+        q_proj=nn.Linear(HIDDEN, 4 * HEAD_DIM, bias=kind == "bias"),
+        k_proj=nn.Linear(HIDDEN, 2 * HEAD_DIM, bias=kind == "bias"),
+        v_proj=nn.Linear(HIDDEN, 2 * HEAD_DIM, bias=kind == "bias"),
+    )
+    if kind == "subclass":
+        attention.q_proj = Scaled(HIDDEN, 4 * HEAD_DIM, bias=False)
+    elif kind == "hook":
+        for projection in (attention.q_proj, attention.v_proj):
+            projection.register_forward_hook(lambda module, args, output: 2 * output)
+    elif kind == "replaced forward":
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.forward = lambda x, original=projection.forward: 2 * original(x)
+    for projection in vars(attention).values():
+        projection.half()
+    return attention
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kind", ["ordinary", "bias", "subclass", "hook", "replaced forward"])
+def test_an_attentions_weights_are_read_only_of_ordinary_layers(kind, read):
+    """Biases are added there too."""
+    attention = attention_of(kind)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, ROWS, HIDDEN, generator=generator).half()
+    cos, sin = torch.randn(2, 1, ROWS, HEAD_DIM, generator=generator).half()
+    buffers, twins = torch.zeros(2, 2, 1, 2, 10, HEAD_DIM).half()
+    first = torch.tensor([4], dtype=torch.int32)
+    with torch.no_grad():
+        got = linears.project_and_store(attention, x, cos, sin, *buffers, first, head_dim=HEAD_DIM)
+        alone = linears.project_queries(attention, x, cos, sin, head_dim=HEAD_DIM)
+        projected = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+        expected = rotate_and_store(*projected, cos, sin, *twins, first, head_dim=HEAD_DIM)
+    for found, wanted in ((got, expected), (alone, expected), (buffers, twins)):
+        torch.testing.assert_close(found, wanted, rtol=4e-3, atol=2e-3)
+    assert {read[name] for name in ATTENTION_READERS} == {int(kind in ("ordinary", "bias"))}
 
 
 @needs_interpreter

@@ -8,10 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs that fill a large GPU, and the parts of the vocabulary to choose from, largest first.
-ENOUGH_PROGRAMS = 512
-CHUNKS = (4096, 2048, 1024, 512, 256)
-WARP_ELEMENTS = 1024
+from .early_launch import overlapped
+from .triton_configs import device_limits
+
+# Parts of the vocabulary to choose from, and the fewest programs to choose each for: small parts are quickly searched,
+# but their lists are merged by one program.
+CHUNKS = {4096: 512, 2048: 64, 1024: 64, 512: 64, 256: 1}
+WARP_ELEMENTS = 512
 NO_KEY = tl.constexpr(-(2**63))  # below the key of -inf
 
 
@@ -41,9 +44,12 @@ def _index(keys):
 def chunk_candidates_kernel(
     scores, logits, keys, tops, sums, stride_sb, stride_sk, stride_lb, stride_lk, stride_lv,
     nodes, vocabulary, width, softcap, sharpness,
-    CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+    CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks, sequences * nodes). Maximum, sum of exponentials and the `width` largest keys of a chunk."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     sequence, node = row // nodes, row % nodes
@@ -84,9 +90,12 @@ def _summed_keys(keys, score, lse, child):
 def merge_candidates_kernel(
     scores, keys, tops, sums, best_scores, parents, tokens, stride_sb, stride_sk,
     nodes, vocabulary, chunks, width, kept,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences,). The chunks' lists are sorted: only the head of each competes for the next place."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sequence = tl.program_id(0).to(tl.int64)
     node = tl.arange(0, BLOCK_K)
     chunk = tl.arange(0, BLOCK_C)
@@ -120,8 +129,8 @@ def merge_candidates_kernel(
 
 def choose_chunk(rows: int, vocabulary: int) -> int:
     """The largest part of the vocabulary that makes enough programs of `rows` rows, else the smallest."""
-    enough = (chunk for chunk in CHUNKS if rows * -(-vocabulary // chunk) >= ENOUGH_PROGRAMS)
-    return next(enough, CHUNKS[-1])
+    enough = (chunk for chunk, programs in CHUNKS.items() if rows * -(-vocabulary // chunk) >= programs)
+    return next(enough, min(CHUNKS))
 
 
 def best_children_triton(
@@ -150,6 +159,7 @@ def best_children_triton(
     tokens = torch.empty_like(parents)
     if batch == 0:
         return best, parents, tokens
+    early = device_limits(logits.device).dependent_launch
     chunk_candidates_kernel[(chunks, batch * nodes)](
         scores,
         logits,
@@ -165,7 +175,9 @@ def best_children_triton(
         1.0 / temperature,
         CHUNK=chunk,
         SOFTCAP=softcap is not None,
+        EARLY=early,
         num_warps=max(1, chunk // WARP_ELEMENTS),
+        **overlapped(early),
     )
     lists = triton.next_power_of_2(nodes) * triton.next_power_of_2(chunks)
     merge_candidates_kernel[(batch,)](
@@ -184,6 +196,8 @@ def best_children_triton(
         kept,
         BLOCK_K=triton.next_power_of_2(nodes),
         BLOCK_C=triton.next_power_of_2(chunks),
+        EARLY=early,
         num_warps=min(16, max(4, lists // 256)),
+        **overlapped(early),
     )
     return best, parents, tokens

@@ -4,14 +4,20 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import overlapped
+from .triton_configs import device_limits
+
 
 @triton.jit(do_not_specialize=["width", "nodes", "most", "place", "first_node", "words"])
 def append_children_kernel(
     scores, parents, tokens, token_ids, bits, own_bits, beam_tokens, beam_parents, beam_scores, child_bits,
     width, nodes, most, place, first_node, words,
-    BLOCK: tl.constexpr, HAS_NAMES: tl.constexpr, HAS_BITS: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_NAMES: tl.constexpr, HAS_BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences,)."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sequence = tl.program_id(0).to(tl.int64)
     child = tl.arange(0, BLOCK)
     mask = child < width
@@ -44,6 +50,7 @@ def append_children_triton(
     batch, width = children[2].shape
     own = None if own_bits is None else own_bits.contiguous()
     child_bits = None if own is None else torch.empty_like(own)
+    early = device_limits(beam[2].device).dependent_launch
     if batch and width:
         append_children_kernel[(batch,)](
             *(part.contiguous() for part in children),
@@ -61,6 +68,8 @@ def append_children_triton(
             BLOCK=triton.next_power_of_2(width),
             HAS_NAMES=token_ids is not None,
             HAS_BITS=own is not None,
+            EARLY=early,
             num_warps=1,
+            **overlapped(early),
         )
     return child_bits

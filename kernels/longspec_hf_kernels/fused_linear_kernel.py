@@ -15,7 +15,7 @@ MAP_ALIGNMENT = 16
 # Elements of half precision in a line of the cache, and lines of each weight row that a program asks for while its
 # predecessor runs: measured from 2 to 8, see docs/kernels.md.
 LINE = tl.constexpr(64)
-LINES_AHEAD = tl.constexpr(4)
+LINES_AHEAD = tl.constexpr(2)
 
 
 @triton.jit

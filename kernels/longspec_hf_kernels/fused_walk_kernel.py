@@ -21,8 +21,9 @@ def chunk_best_kernel(logits, keys, stride_b, stride_t, nodes, vocabulary, CHUNK
     # Bits that sort like the numbers; both zeros are equal, and NaN is above infinity.
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     bits = tl.where(values != values, 2147483647, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    key = ((bits.to(tl.int64) + 1) << 32) - 1 - token
-    tl.store(keys + row * tl.num_programs(0) + chunk, tl.max(tl.where(mask, key, NO_KEY), 0))
+    top = tl.max(tl.where(mask, bits, -2147483648), 0)
+    first = tl.min(tl.where(mask & (bits == top), token, 2147483647), 0)
+    tl.store(keys + row * tl.num_programs(0) + chunk, ((top.to(tl.int64) + 1) << 32) - 1 - first)
 
 
 @triton.jit
@@ -48,17 +49,20 @@ def greedy_walk_kernel(
         best = tl.maximum(best, tl.max(every, 1))
     following = (-1 - best) & 0xFFFFFFFF  # the token after each node
     is_child = (used != 0) & (index > 0)
+    visited += sequence * most
+    report += sequence * (2 + most)
     node = sequence * 0
     count = sequence * 0
-    report += sequence * (2 + most)
-    for step in range(most):
+    while (node >= 0) & (count < most):
         token = tl.sum(tl.where(index == node, following, 0), 0)
-        goes_on = node >= 0
-        tl.store(visited + sequence * most + step, tl.where(goes_on, node, 0))
-        tl.store(report + 2 + step, tl.where(goes_on, token, 0))
-        count += goes_on.to(tl.int64)
-        child = is_child & (parent == node) & (own == token) & goes_on
+        tl.store(visited + count, node)
+        tl.store(report + 2 + count, token)
+        count += 1
+        child = is_child & (parent == node) & (own == token)
         node = tl.max(tl.where(child, index, -1), 0).to(tl.int64)
+    for step in range(count, most):
+        tl.store(visited + step, sequence * 0)
+        tl.store(report + 2 + step, sequence * 0)
     tl.store(report, tl.sum(used, 0).to(tl.int64) - 1)
     tl.store(report + 1, count)
 

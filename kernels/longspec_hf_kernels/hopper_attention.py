@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .early_launch import overlapped
 from .triton_configs import TileConfig, device_limits, triton_version
 
 # Registers of the two computing warpgroups hold scores and result up to this head size.
@@ -105,5 +106,5 @@ def launch_hopper_splits(
         WAIT=early,
         RELEASE=dependent,
         num_warps=tile.num_warps,
-        **({"launch_pdl": True} if early else {}),
+        **overlapped(early),
     )

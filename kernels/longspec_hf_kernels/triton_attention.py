@@ -10,6 +10,7 @@ from .hopper_attention import hopper_fits, launch_hopper_splits
 from .triton_configs import (
     HOPPER_TILE,
     LONG_TILE,
+    WINDOW_TILE,
     LaunchOptions,
     TileConfig,
     choose_launch,
@@ -20,6 +21,7 @@ from .triton_configs import (
     padded_head_dim,
     prefers_hopper,
     prefers_long_tile,
+    prefers_window_tile,
     reduction_chunk,
 )
 from .triton_kernels import combine_splits_kernel, split_attention_kernel
@@ -52,6 +54,7 @@ def plan_splits(
     tile: TileConfig | None,
     splits: int | None,
     *,
+    window: int | None = None,
     hopper: bool = False,
     options: LaunchOptions | None = None,
 ) -> SplitPlan:
@@ -60,13 +63,17 @@ def plan_splits(
     kv_heads, capacity = key.shape[1], key.shape[2]
     rows = nodes * (heads // kv_heads)
     limits = device_limits(query.device)
-    given, tile = tile, tile or choose_tile(rows, head_dim, query.dtype, limits)
+    given, seen = tile, capacity if window is None else min(capacity, window + tree_keys)
+    short = window is not None and prefers_window_tile(rows, seen, head_dim, query.dtype, limits)
+    tile = given or (WINDOW_TILE if short else choose_tile(rows, head_dim, query.dtype, limits))
     planned = splits or choose_splits(tile, rows, kv_heads, batch, limits)
-    if given is None and prefers_long_tile(rows, head_dim, query.dtype, planned, limits):
+    if given is None and not short and prefers_long_tile(rows, head_dim, query.dtype, planned, limits):
         tile = LONG_TILE
-    min_tiles = 1 if splits else min_split_tiles(tile)
+    min_tiles = 1 if splits or short else min_split_tiles(tile)
     # Splits that no length could fill are not launched; the shares, and so the bits, stay the same.
     most_tiles = capacity // tile.block_n + -(-(tile.block_n + tree_keys) // EDGE_BLOCK)
+    if short:
+        most_tiles = -(-seen // EDGE_BLOCK)
     launched = min(planned, max(1, -(-most_tiles // min_tiles)))
     options = options or choose_launch(tile, planned)
     early = options.early_splits and limits.dependent_launch
@@ -116,7 +123,7 @@ def hybrid_tree_attention_triton(
         hopper = tile is None and preferred and hopper_fits(query, key, value, window, softcap)
     tree_keys = count_tree_keys(ancestor_bits, key_depths)
     tile = (tile or HOPPER_TILE) if hopper else tile
-    plan = plan_splits(query, key, tree_keys, tile, splits, hopper=hopper, options=options)
+    plan = plan_splits(query, key, tree_keys, tile, splits, window=window, hopper=hopper, options=options)
     direct = plan.launched == 1 and not hopper
     partial_shape = (batch, nodes, heads, plan.launched)
     partial_lse = out if direct else query.new_empty(partial_shape, dtype=torch.float32)

@@ -66,6 +66,11 @@ LONG_TILE = TileConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, progr
 LONG_TILE_HEAD_DIM = 128
 LONG_TILE_ROWS = range(65, 129)
 LONG_TILE_MOST_SPLITS = 8
+# A short window leaves each program one masked tile or two, whose steps wait for one another: the fewest rows to a
+# tile, and as many programs as there are tiles, two to a multiprocessor.
+WINDOW_TILE = TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=1, programs_per_sm=2)
+WINDOW_TILE_ROWS = 128
+WINDOW_TILE_KEYS = 1024
 # True fp32 products run on the ordinary units with both operands in registers: small tiles only.
 FLOAT_TILES = {16: TileConfig(block_m=16, block_n=32, num_warps=4, num_stages=2, programs_per_sm=2)}
 WIDE_FLOAT_TILES = {16: TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)}
@@ -159,6 +164,19 @@ def prefers_long_tile(rows: int, head_dim: int, dtype: torch.dtype, splits: int,
     )
 
 
+def prefers_window_tile(rows: int, keys: int, head_dim: int, dtype: torch.dtype, limits: DeviceLimits) -> bool:
+    """Whether `WINDOW_TILE` is for so many packed rows and K/V rows that a window and the tree leave to see."""
+    tile = WINDOW_TILE
+    used = padded_head_dim(head_dim) * dtype.itemsize * (tile.block_m + 2 * tile.block_n) + RESERVED_SHARED_MEMORY
+    return (
+        rows <= WINDOW_TILE_ROWS
+        and keys <= WINDOW_TILE_KEYS
+        and padded_head_dim(head_dim) <= LONG_TILE_HEAD_DIM
+        and dtype != torch.float32
+        and used * tile.programs_per_sm <= limits.shared_memory
+    )
+
+
 def choose_splits(tile: TileConfig, rows: int, kv_heads: int, batch: int, limits: DeviceLimits) -> int:
     """Splits of the K/V rows such that all programs are resident at once.
 
@@ -183,13 +201,13 @@ def prefers_hopper(rows: int, kv_heads: int, batch: int, limits: DeviceLimits) -
 def choose_launch(tile: TileConfig, splits: int) -> LaunchOptions:
     """How to launch a call with this tile and so many splits.
 
-    A split kernel may come in early where it has a multiprocessor to itself; two programs to one were measured
-    up to 5 % slower that way with grouped heads. One warp holds the partial results of a chunk of 16 splits,
-    and most rows are merged at once that way; wider chunks need the registers of four. Behind the Hopper kernel two
-    were measured.
+    A split kernel may come in early where it has a multiprocessor to itself, or little work; else two programs to one
+    were measured up to 5 % slower that way with grouped heads. One warp holds the partial results of a chunk of 16
+    splits, and most rows are merged at once that way; wider chunks need the registers of four.
     """
-    warps = 4 if reduction_chunk(splits) != 16 else 2 if tile == HOPPER_TILE else 1
-    return LaunchOptions(early_splits=tile.programs_per_sm == 1, early_hopper=True, reduction_warps=warps)
+    warps = 1 if reduction_chunk(splits) == 16 else 4
+    early = tile.programs_per_sm == 1 or tile == WINDOW_TILE
+    return LaunchOptions(early_splits=early, early_hopper=True, reduction_warps=warps)
 
 
 def reduction_chunk(splits: int) -> int:

@@ -5,6 +5,7 @@ import torch
 from longspec_hf_kernels.triton_configs import (
     HOPPER_TILE,
     LONG_TILE,
+    WINDOW_TILE,
     DeviceLimits,
     LaunchOptions,
     choose_launch,
@@ -80,6 +81,30 @@ def test_long_tiles_are_for_two_row_tiles_of_few_splits(rows, head_dim, splits, 
     assert not prefers_long_tile(rows, head_dim, torch.float32, splits, DEVICES[device])
 
 
+@pytest.mark.parametrize(
+    "nodes, window, tree_keys, dtype, splits",
+    [
+        (1, 512, 1, torch.bfloat16, 17),  # a program for each masked tile
+        (4, 512, 5, torch.bfloat16, 17),
+        (16, 512, 53, torch.bfloat16, 9),  # two to a multiprocessor: 28 row tiles of 9
+        (16, 4096, 53, torch.bfloat16, None),
+        (64, 512, 64, torch.bfloat16, None),  # 448 rows
+        (16, 512, 53, torch.float32, None),
+        (16, None, 53, torch.bfloat16, None),
+    ],
+)
+def test_short_windows_have_small_tiles(monkeypatch, nodes, window, tree_keys, dtype, splits):
+    triton_attention = pytest.importorskip("longspec_hf_kernels.triton_attention", reason="it launches Triton kernels")
+    monkeypatch.setattr(triton_attention, "device_limits", lambda _: DEVICES["H100"])
+    query, key = torch.zeros(1, 28, nodes, 128, dtype=dtype), torch.zeros(1, 4, 2048, 128, dtype=dtype)
+    plan = triton_attention.plan_splits(query, key, tree_keys, None, None, window=window)
+    assert (plan.tile == WINDOW_TILE) == (splits is not None)
+    if splits is not None:
+        assert (plan.launched, plan.min_tiles, plan.early) == (splits, 1, True)
+    given = choose_tile(16, 128, dtype, DEVICES["H100"])
+    assert triton_attention.plan_splits(query, key, tree_keys, given, None, window=window).tile == given
+
+
 @pytest.mark.parametrize("rows", [1, 16, 64, 128, 256])
 @pytest.mark.parametrize("splits", [1, 4, 16, 17, 33, 128])
 def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(rows, splits):
@@ -87,7 +112,7 @@ def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(r
     options = choose_launch(tile, splits)
     assert options.early_splits == (rows <= 128) == (tile.programs_per_sm == 1)
     assert options.reduction_warps == (1 if splits <= 16 else 4)
-    assert choose_launch(HOPPER_TILE, splits).reduction_warps == (2 if splits <= 16 else 4)
+    assert choose_launch(HOPPER_TILE, splits).reduction_warps == options.reduction_warps
     for head_dim in (64, 128, 256):
         values = reduction_chunk(splits) * head_dim // (32 * options.reduction_warps)
         assert values <= 128, "half of a thread's registers"

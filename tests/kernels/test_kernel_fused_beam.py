@@ -143,15 +143,15 @@ def test_unused_rows_of_the_kernels(in_triton):
 
 def test_parts_of_the_vocabulary():
     pytest.importorskip("triton", reason="the kernels are written in Triton")
-    from longspec_hf_kernels.fused_beam_kernel import CHUNKS, ENOUGH_PROGRAMS, choose_chunk
+    from longspec_hf_kernels.fused_beam_kernel import CHUNKS, choose_chunk
 
     for rows in (1, 3, 16, 64):
         for vocabulary in (100, 32768, 151936, 262144):
             chunk = choose_chunk(rows, vocabulary)
             programs = rows * -(-vocabulary // chunk)
-            assert programs >= ENOUGH_PROGRAMS or chunk == CHUNKS[-1]
-            larger = [other for other in CHUNKS if other > chunk]
-            assert all(rows * -(-vocabulary // other) < ENOUGH_PROGRAMS for other in larger)
+            assert programs >= CHUNKS[chunk]
+            larger = {other: enough for other, enough in CHUNKS.items() if other > chunk}
+            assert all(rows * -(-vocabulary // other) < enough for other, enough in larger.items())
 
 
 @needs_interpreter
