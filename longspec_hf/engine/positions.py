@@ -54,7 +54,7 @@ class RotaryTable:
         return True
 
     def rows(self, root_positions: torch.Tensor, limits: torch.Tensor, steps: int) -> Positions:
-        """`steps` positions from the roots `[b, 1]` on; those more than `limits` `[b, 1]` behind have the last rows."""
+        """`steps` positions from the roots `[b, 1]` on; those more than `limits` `[b, 1]` behind have the last row."""
         if self._rows is not None:
             return Positions(*rotary_rows(*self._rows, self._first, root_positions, limits, steps))
         ids = root_positions + torch.arange(steps, device=root_positions.device)
