@@ -202,14 +202,14 @@ def choose_launch(tile: TileConfig, splits: int) -> LaunchOptions:
     """How to launch a call with this tile and so many splits.
 
     A split kernel may come in early where it has a multiprocessor to itself, or little work; else two programs to one
-    were measured up to 5 % slower that way with grouped heads. One warp holds the partial results of a chunk of 16
-    splits, and most rows are merged at once that way; wider chunks need the registers of four.
+    were measured up to 5 % slower that way with grouped heads. One warp holds the partial results of up to 16 splits,
+    and most rows are merged at once that way; wider chunks need the registers of four.
     """
-    warps = 1 if reduction_chunk(splits) == 16 else 4
+    warps = 1 if splits <= 16 else 4
     early = tile.programs_per_sm == 1 or tile == WINDOW_TILE
     return LaunchOptions(early_splits=early, early_hopper=True, reduction_warps=warps)
 
 
 def reduction_chunk(splits: int) -> int:
-    """Splits the reduction reads at once: few wasted lanes for few splits, few trips for many."""
-    return 16 if splits <= 16 else 64
+    """Splits the reduction reads at once: no wasted lanes for few splits, few trips for many."""
+    return 1 << (splits - 1).bit_length() if splits <= 16 else 64
