@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from engine_calls import call
+from engine_calls import after_prefill, call
 from models import learned, prompt, tiny_target
+from transformers import GenerationConfig
 
-from longspec_hf.engine import positions
+from longspec_hf.engine import Engine, positions
 from longspec_hf.engine.positions import RotaryTable
+from longspec_hf.settings import resolve_tree_settings
 from longspec_hf.target import bind
 
 LLAMA3 = {
@@ -69,3 +71,19 @@ def test_calls_too_long_for_a_table_write_the_same(monkeypatch, sample):
         assert out.speculation_stats.rounds > 3
         texts.append(out.sequences)
     assert torch.equal(*texts)
+
+
+@pytest.mark.usefixtures("engine_on_cpu")
+def test_captured_rounds_are_forgotten_when_their_table_moves():
+    model = tiny_target(initializer_range=0.1)
+    draft = learned(model)
+    settings = resolve_tree_settings(draft, GenerationConfig()).of_tree(None)
+    generator, cache = after_prefill(model, draft, prompt(20, seed=1), settings)
+    generator.append([[5]])
+    engine = Engine(model, generator, cache)
+    for limit, kept in ((30, True), (25, True), (60, False)):
+        engine.load([30], None)
+        engine.prepare(settings, greedy=True)
+        assert engine._graphs
+        engine.load([limit], None)
+        assert bool(engine._graphs) == kept

@@ -215,3 +215,27 @@ def test_a_plot_shows_the_smallest_batch(tmp_path):
         assert [bar.get_width() for bar in axes.patches] == expected
     assert [label.get_text() for label in pyplot.gcf().axes[0].get_yticklabels()] == [PLAIN, LONGSPEC]
     assert pyplot.gcf().get_suptitle() == "tiny, batch 1, a device"
+
+
+def test_garbage_is_collected_before_a_call_is_timed(monkeypatch):
+    """Not while it runs: after compiling, a full collection takes most of a second."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("clock")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 2500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(ways.gc, "collect", lambda: order.append("collected"))
+    assert ways._seconds(lambda: order.append("called") or "result") == (2.5, "result")
+    assert order == ["collected", "clock", "called", "clock"]

@@ -118,6 +118,10 @@ def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(r
         assert values <= 128, "half of a thread's registers"
 
 
+def test_the_reduction_reads_as_many_splits_at_once_as_there_are():
+    assert [reduction_chunk(splits) for splits in (1, 3, 8, 9, 16, 17, 132)] == [1, 4, 8, 16, 16, 64, 64]
+
+
 @pytest.mark.parametrize("hopper", [True, False])
 def test_a_call_without_options_is_launched_as_the_table_says(monkeypatch, hopper):
     triton_attention = pytest.importorskip("longspec_hf_kernels.triton_attention", reason="it launches Triton kernels")

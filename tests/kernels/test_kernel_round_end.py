@@ -36,13 +36,18 @@ def test_walk_in_fp64_compares_in_fp32(either):
     assert greedy_walk(ids, parents, valid, logits, 1)[1][0, 2] == 2
 
 
-@pytest.mark.parametrize("rows", [[1.0, 3.0, 3.0], [-0.0, 0.0, -1.0], [1.0, float("nan"), float("inf")], [-5.0, -2.0]])
+NAN = float("nan")
+ROWS = [[1.0, 3.0, 3.0], [-0.0, 0.0, -1.0], [1.0, NAN, torch.inf], [1.0, -NAN, torch.inf], [-5.0, -2.0]]
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_ties_and_nan_as_argmax_has_them(either, rows):
     """The lowest of equal tokens, zeros of either sign equal, NaN above infinity; parts of the vocabulary apart."""
     root = torch.zeros(1, 1, dtype=torch.long)
     for spread in (1, 3000):
         logits = torch.full((1, 1, 1 + spread * len(rows)), -torch.inf)
-        logits[0, 0, 1::spread] = torch.tensor(rows)
+        for place, value in enumerate(rows):
+            logits[0, 0, 1 + spread * place] = value
         report = greedy_walk(root, root, root == 0, logits, 3)[1]
         assert report.tolist() == [[0, 1, int(logits.argmax()), 0, 0]]
 
