@@ -105,6 +105,8 @@ class Decoder:
             self.stats.decode_seconds = time.perf_counter() - began
             if self.known is not None and not self.trees.fixed:
                 self.known.remember(self._kind, self.trees.cost.times)
+            if self.known is not None and self.engine is not None:
+                self.known.remember_costs(self._kind, self.pacer.costs())
             self._restore_order()
             self.cache.end_rounds()
         except BaseException:
@@ -134,9 +136,13 @@ class Decoder:
         self.generator.start(prompts.token_ids, prompts.positions, prompts.embeds)
         self.generator.append([[token] for token, _ in drawn])
         self.engine, self.stats.uncaptured_reason = self.make_engine()
+        context = self.cache.row_lengths[0].bit_length()
+        place = (str(self.generator.draft.device), self.engine is not None, torch.get_num_threads())
+        self._kind = (*place, self.active, context, self._is_greedy())
         if self.engine is not None:
             certain = ENGINE_CERTAIN if self._is_greedy() and len(self.drawers) == 1 else float("inf")
-            self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, certain)
+            costs = {} if self.known is None else self.known.recall_costs(self._kind)
+            self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, certain, costs)
         self.trees = self._make_chooser()
         self._retire([stopped for _, stopped in drawn])
         if self.engine is not None and self.active:
@@ -146,8 +152,6 @@ class Decoder:
         """What chooses the rounds' trees; compiled targets keep one, and so do processes, which must have the same."""
         device, captured = self.generator.draft.device, self.engine is not None
         keeps_one = self.target.static_shapes or self.generator.bound.parallel is not None
-        context = self.cache.row_lengths[0].bit_length()
-        self._kind = (str(device), captured, self.active, context, torch.get_num_threads())
         known = None if self.known is None else self.known.recall(self._kind)
         settings = self.settings.of_tree(None) if keeps_one else self.settings
         return TreeChooser(settings, RoundCost(usual_costs(device.type), known), captured)
@@ -175,7 +179,7 @@ class Decoder:
             return
         if not usual:
             self.trees.add_setup(time.perf_counter() - prepared)
-        self.pacer.add_round(seconds, sum(map(len, block.tokens)) / sequences, block.full)
+        self.pacer.add_round(seconds, sum(map(len, block.tokens)) / sequences, block.full, settings)
         self.trees.add_round(self._outcomes(block), block.nodes, sequences, seconds)
 
     def _outcomes(self, block: Block) -> list[Outcome]:

@@ -9,7 +9,7 @@ part differs. What was learnt of a pair is kept for its next call, as long as bo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +140,10 @@ class RoundCost:
         return [min(max(factor, 0.2 * common), 5.0 * common) for factor in solved]
 
 
-_KNOWN: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[Any, Times]]] = weakref.WeakKeyDictionary()
+COSTS = "costs of rounds in plain steps"
+CALLS_A_COST = 16
+"""Calls that go by an earlier one's costs before one finds them out again."""
+_KNOWN: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, dict[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,25 @@ class PairTimes:
 
     def recall(self, kind: Any) -> Times | None:
         """What an earlier call of a kind learnt: of the same device and batch, for example."""
-        return _KNOWN.get(self.target, {}).get(self.draft, {}).get(kind)
+        return self._kept().get(kind)
 
     def remember(self, kind: Any, times: Times) -> None:
         """Keep what a call learnt for the next one of its kind."""
-        _KNOWN.setdefault(self.target, weakref.WeakKeyDictionary()).setdefault(self.draft, {})[kind] = times
+        self._kept()[kind] = times
+
+    def recall_costs(self, kind: Any) -> dict[Any, float]:
+        """What rounds cost in plain steps in an earlier call of a kind; once in a while nothing, to find out anew."""
+        costs, calls = self._kept().get((COSTS, kind), ({}, 0))
+        self._kept()[COSTS, kind] = (costs, calls + 1)
+        return costs if calls < CALLS_A_COST else {}
+
+    def remember_costs(self, kind: Any, costs: Mapping[Any, float]) -> None:
+        """Keep what a call found rounds to cost, by tree."""
+        if costs:
+            self._kept()[COSTS, kind] = (dict(costs), 0)
+
+    def _kept(self) -> dict[Any, Any]:
+        return _KNOWN.setdefault(self.target, weakref.WeakKeyDictionary()).setdefault(self.draft, {})
 
 
 def _dot(one: Sequence[float], other: Sequence[float]) -> float:

@@ -235,6 +235,22 @@ def test_only_greedy_rounds_of_one_sequence_may_go_untimed(sequences, sample, mo
     assert made[-1].certain == (ENGINE_CERTAIN if (sequences, sample) == (1, False) else float("inf"))
 
 
+def test_what_rounds_cost_is_known_to_the_next_call_of_the_kind(monkeypatch):
+    """So it need not capture a plain step to compare them with."""
+    known = []
+    monkeypatch.setattr("longspec_hf.decoding.Pacer", lambda *args: known.extend(args[3:]) or Pacer(*args))
+    model = tiny_target(initializer_range=0.1)
+    ids, options = prompt(20, seed=1), {"max_new_tokens": 60}
+    draft = ScriptedDraft(model, call(model, ids, **options).sequences, "noisy", fallback_to_plain=True)
+    first, second = (call(model, ids, draft, **options) for _ in range(2))
+    assert torch.equal(first.sequences, second.sequences) and first.speculation_stats.plain_steps >= 2
+    assert known[0] == {} and known[1] and all(tree.depth and cost > 0 for tree, cost in known[1].items())
+    call(model, ids, draft, do_sample=True, **options)
+    call(model, ids, learned(model), **options)
+    call(model, torch.cat([ids] * 4, dim=1), draft, **options)
+    assert known[2:] == [{}, {}, {}]
+
+
 def test_near_ties_that_are_rechecked_are_not_the_engines(engine_rounds):
     model = tiny_target(initializer_range=0.1)
     ids = prompt(20, seed=1)

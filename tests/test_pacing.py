@@ -7,13 +7,13 @@ from models import prompt, scripted, tiny_target
 from longspec_hf.pacing import Pacer
 
 
-def simulate(pacer, new_tokens, round_cost, tokens_at, plain_cost=1.0, depth=4):
+def simulate(pacer, new_tokens, round_cost, tokens_at, plain_cost=1.0, depth=4, tree=None):
     """Seconds a paced call takes; `tokens_at` says what a round at a place would commit."""
     seconds, done = 0.0, 0
     while done < new_tokens:
         if pacer.speculates():
             tokens = min(tokens_at(done), new_tokens - done)
-            pacer.add_round(round_cost, tokens, tokens > depth)
+            pacer.add_round(round_cost, tokens, tokens > depth, tree)
             seconds += round_cost
             done += tokens
         else:
@@ -44,6 +44,38 @@ def test_speculation_comes_back_when_the_text_turns():
     seconds = simulate(pacer, 2000, 2.0, lambda place: 1 if place < 1000 else 5)
     assert seconds < 1000 * 1.1 + 1000 * 0.6
     assert pacer.pauses > 1
+
+
+@pytest.mark.parametrize("busy", [1.0, 5.0])
+@pytest.mark.parametrize("round_cost", [1.1, 1.5, 2.5, 4.0, 9.0])
+def test_known_costs_spare_the_comparison(round_cost, busy):
+    """Rounds that pay are not interrupted for it, useless ones are left before patience has run out, however long
+    everything takes on this machine now."""
+    useless, useful = (Pacer(patience=100, known={"tree": round_cost}) for _ in range(2))
+    seconds = simulate(useless, 512, busy * round_cost, lambda place: 1, busy, tree="tree")
+    assert seconds <= busy * (512 * 1.05 + 12) and useless.pauses >= 1
+    assert useless.costs() == {"tree": pytest.approx(round_cost)}
+    tokens = iter([round_cost - 0.5, round_cost + 1.5] * 512)
+    simulate(useful, 512, busy * round_cost, lambda place: next(tokens), busy, depth=99, tree="tree")
+    assert useful.pauses == 0 and useful.plain_seconds is None and useful.costs() == {}
+
+
+def test_a_tree_whose_cost_is_unknown_is_compared_as_ever():
+    pacer = Pacer(patience=3, known={"tree": 1.5})
+    for done in range(3):
+        assert pacer.speculates(), done
+        pacer.add_round(1.5, 2, False, "another")
+    assert not pacer.speculates()
+    pacer.add_plain(1.0)
+    pacer.add_plain(1.0)
+    assert pacer.speculates() and pacer.costs() == {"another": 1.5}
+
+
+def test_known_costs_that_no_longer_hold_are_corrected_by_the_first_pause():
+    """Known to cost five steps, they cost one and a half now, and bring two tokens."""
+    pacer = Pacer(known={"tree": 5.0})
+    assert simulate(pacer, 512, 1.5, lambda place: 2, tree="tree") < 0.8 * 512
+    assert pacer.costs() == {"tree": pytest.approx(1.5)}
 
 
 def test_full_rounds_are_not_interrupted_by_a_comparison():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from longspec_hf.round_cost import CPU, GPU, RoundCost, UsualCosts
+from longspec_hf.round_cost import CPU, GPU, PairTimes, RoundCost, UsualCosts
 
 SHAPES = [(), (4,), (4, 4, 4), (4, 16, 16, 16, 16)]
 
@@ -71,3 +71,20 @@ def test_what_is_known_from_before_yields_soon():
         cost.add(8, (4, 4, 4), 1, 0.1)
     assert cost.seconds(8, (4, 4, 4)) > 0.08
     assert before.seconds(8, (4, 4, 4)) == pytest.approx(0.05), "its own times are left alone"
+
+
+def test_costs_of_rounds_are_forgotten_after_some_calls(monkeypatch):
+    """Until a call has found them anew; one that found nothing out changes nothing."""
+    monkeypatch.setattr("longspec_hf.round_cost.CALLS_A_COST", 2)
+
+    class Model:
+        pass
+
+    models = Model(), Model()
+    times = PairTimes(*models)
+    assert times.recall_costs("a kind") == {}
+    for cost in (1.5, 2.5):
+        times.remember_costs("a kind", {"tree": cost})
+        times.remember_costs("a kind", {})
+        assert [times.recall_costs("a kind") for _ in range(4)] == [{"tree": cost}, {"tree": cost}, {}, {}]
+    assert times.recall_costs("another kind") == {} == PairTimes(Model(), models[1]).recall_costs("a kind")
