@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .early_launch import overlapped
+from .early_launch import overlapped, release_successor, wait_for_predecessor
 from .triton_configs import device_limits
 
 # Parts of the vocabulary to choose from, and the fewest programs to choose each for: small parts are quickly searched,
@@ -48,8 +48,8 @@ def chunk_candidates_kernel(
 ):  # fmt: skip
     """Grid: (chunks, sequences * nodes). Maximum, sum of exponentials and the `width` largest keys of a chunk."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_predecessor()
+        release_successor()
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     sequence, node = row // nodes, row % nodes
@@ -94,8 +94,8 @@ def merge_candidates_kernel(
 ):  # fmt: skip
     """Grid: (sequences,). The chunks' lists are sorted: only the head of each competes for the next place."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_predecessor()
+        release_successor()
     sequence = tl.program_id(0).to(tl.int64)
     node = tl.arange(0, BLOCK_K)
     chunk = tl.arange(0, BLOCK_C)

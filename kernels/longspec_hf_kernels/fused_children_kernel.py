@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .early_launch import overlapped
+from .early_launch import overlapped, release_successor, wait_for_predecessor
 from .triton_configs import device_limits
 
 
@@ -16,8 +16,8 @@ def append_children_kernel(
 ):  # fmt: skip
     """Grid: (sequences,)."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_predecessor()
+        release_successor()
     sequence = tl.program_id(0).to(tl.int64)
     child = tl.arange(0, BLOCK)
     mask = child < width

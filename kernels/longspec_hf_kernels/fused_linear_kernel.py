@@ -1,11 +1,12 @@
 """Linear layers over a few rows in Triton: each weight is read once, by programs that are all resident together."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .early_launch import overlapped
+from .early_launch import overlapped, release_successor, wait_for_predecessor
 from .fused_norm_kernel import add_rms_norm_triton
 from .linear_configs import LinearConfig
 from .triton_configs import device_limits
@@ -13,7 +14,7 @@ from .triton_configs import device_limits
 # What a tensor map asks of addresses, in bytes.
 MAP_ALIGNMENT = 16
 # Elements of half precision in a line of the cache, and lines of each weight row that a program asks for while its
-# predecessor runs: measured from 2 to 8, see docs/kernels.md.
+# predecessor runs: measured from 1 to 8, see docs/kernels.md.
 LINE = tl.constexpr(64)
 LINES_AHEAD = tl.constexpr(2)
 
@@ -71,7 +72,7 @@ def few_rows_products(
         _fetch_ahead(weight_data, column, first * BLOCK_K, columns, DEPTH, BLOCK_N)
         if GATED:
             _fetch_ahead(other_data, column, first * BLOCK_K, columns, DEPTH, BLOCK_N)
-        tl.extra.cuda.gdc_wait()
+        wait_for_predecessor()
     product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     second = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
@@ -83,7 +84,7 @@ def few_rows_products(
             tile = _weight_tile(other, column, at, columns, DEPTH, BLOCK_N, BLOCK_K, WEIGHTS_MAPPED)
             second = tl.dot(tile, inputs, second)
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        release_successor()
     return product, second
 
 
@@ -119,13 +120,13 @@ def few_rows_kernel(
         tl.store(out + split.to(tl.int64) * rows * COLUMNS + at, product.to(dtype), mask=mask)
 
 
-def operands_of(
-    x: torch.Tensor, weights: list[torch.Tensor | None], config: LinearConfig
-) -> tuple[list[torch.Tensor | TensorDescriptor | None], bool]:
+def operands_of(x: torch.Tensor, weights: list[torch.Tensor | None], config: LinearConfig) -> tuple[list[Any], bool]:
     """What tiles of the inputs and the weights are loaded by, and whether that is tensor maps."""
-    given: list[torch.Tensor | TensorDescriptor | None] = [x, *weights]
+    given = [x, *weights]
     if not config.mapped or any(part is not None and part.data_ptr() % MAP_ALIGNMENT for part in (x, *weights)):
         return given, False
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in Triton 3.2 and 3.3, nor used with them
+
     block = [config.block_n, config.block_k]
     maps = [None if part is None else TensorDescriptor.from_tensor(part, block) for part in weights]
     return [TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]), *maps], True

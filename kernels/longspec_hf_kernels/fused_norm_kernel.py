@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .early_launch import overlapped
+from .early_launch import overlapped, release_successor, wait_for_predecessor
 from .triton_configs import device_limits
 
 # Elements of a row per warp: 16 for each thread.
@@ -26,8 +26,8 @@ def add_rms_norm_kernel(
     channel = tl.arange(0, BLOCK)
     mask = channel < HIDDEN
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_predecessor()
+        release_successor()
     at = tl.program_id(0).to(tl.int64) * HIDDEN + channel
     source = at
     if HAS_TOKENS:

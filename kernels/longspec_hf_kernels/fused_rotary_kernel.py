@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .early_launch import overlapped
+from .early_launch import overlapped, release_successor, wait_for_predecessor
 from .triton_configs import device_limits
 
 
@@ -108,8 +108,8 @@ def rotate_and_store_kernel(
 ):  # fmt: skip
     """Grid: (tokens, query heads, then key heads, then value heads); no K/V heads where nothing is stored."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_predecessor()
+        release_successor()
     token = tl.program_id(0)
     head = tl.program_id(1)
     sequence = (token // nodes).to(tl.int64)

@@ -5,19 +5,22 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def advance_kernel(
-    roots, root_positions, limits, lengths, window_lengths, counts, tokens, stride_count, stride_row, stride_token
+    roots, root_positions, limits, lengths, window_lengths, counts, tokens, stride_count, stride_row, stride_token,
+    sequences, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences,)."""
-    sequence = tl.program_id(0)
-    count = tl.load(counts + sequence * stride_count).to(tl.int64)
-    last = tl.load(tokens + sequence.to(tl.int64) * stride_row + (count - 1) * stride_token)
-    tl.store(roots + sequence, last)
-    tl.store(root_positions + sequence, tl.load(root_positions + sequence) + count)
-    tl.store(limits + sequence, tl.load(limits + sequence) - count)
-    tl.store(lengths + sequence, tl.load(lengths + sequence) + count.to(tl.int32))
-    tl.store(window_lengths + sequence, tl.load(window_lengths + sequence) + count.to(tl.int32))
+    """Grid: (1,)."""
+    sequence = tl.arange(0, BLOCK)
+    mask = sequence < sequences
+    count = tl.load(counts + sequence * stride_count, mask=mask, other=1).to(tl.int64)
+    last = tl.load(tokens + sequence.to(tl.int64) * stride_row + (count - 1) * stride_token, mask=mask, other=0)
+    tl.store(roots + sequence, last, mask=mask)
+    tl.store(root_positions + sequence, tl.load(root_positions + sequence, mask=mask) + count, mask=mask)
+    tl.store(limits + sequence, tl.load(limits + sequence, mask=mask) - count, mask=mask)
+    tl.store(lengths + sequence, tl.load(lengths + sequence, mask=mask) + count.to(tl.int32), mask=mask)
+    window_length = tl.load(window_lengths + sequence, mask=mask) + count.to(tl.int32)
+    tl.store(window_lengths + sequence, window_length, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first", "steps"])
@@ -52,7 +55,7 @@ def advance_triton(
     """`advance_torch` in one launch."""
     if roots.numel() == 0:
         return
-    advance_kernel[(roots.shape[0],)](
+    advance_kernel[(1,)](
         roots,
         root_positions,
         limits,
@@ -62,6 +65,8 @@ def advance_triton(
         tokens,
         counts.stride(0),
         *tokens.stride(),
+        roots.shape[0],
+        BLOCK=triton.next_power_of_2(roots.shape[0]),
         num_warps=1,
     )
 

@@ -53,16 +53,16 @@ def greedy_walk_kernel(
     report += sequence * (2 + most)
     node = sequence * 0
     count = sequence * 0
-    while (node >= 0) & (count < most):
-        token = tl.sum(tl.where(index == node, following, 0), 0)
-        tl.store(visited + count, node)
-        tl.store(report + 2 + count, token)
-        count += 1
-        child = is_child & (parent == node) & (own == token)
-        node = tl.max(tl.where(child, index, -1), 0).to(tl.int64)
-    for step in range(count, most):
-        tl.store(visited + step, sequence * 0)
-        tl.store(report + 2 + step, sequence * 0)
+    for step in range(most):
+        at_node, token = sequence * 0, sequence * 0
+        if node >= 0:  # most walks are short, and the longest path may not be
+            at_node = node
+            token = tl.sum(tl.where(index == node, following, 0), 0)
+            child = is_child & (parent == node) & (own == token)
+            node = tl.max(tl.where(child, index, -1), 0).to(tl.int64)
+            count += 1
+        tl.store(visited + step, at_node)
+        tl.store(report + 2 + step, token)
     tl.store(report, tl.sum(used, 0).to(tl.int64) - 1)
     tl.store(report + 1, count)
 

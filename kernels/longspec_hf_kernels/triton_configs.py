@@ -86,7 +86,7 @@ HOPPER_ALL_SPLITS_ROWS = 129
 HOPPER_FEW_SPLITS = 4
 # Shared memory that a program needs beside its tiles.
 RESERVED_SHARED_MEMORY = 2048
-# Hopper and Triton 3.4 can bring a kernel in before its predecessor has finished.
+# Hopper and Triton 3.4 can bring a kernel in before its predecessor has finished, and fetch tiles by tensor maps.
 DEPENDENT_LAUNCH_MAJOR = 9
 # The warpgroup instructions of `hopper_kernels` exist on this generation alone.
 HOPPER_MAJOR = 9
@@ -112,7 +112,9 @@ def device_limits(device: torch.device) -> DeviceLimits:
         dependent_launch=torch.version.hip is None
         and properties.major >= DEPENDENT_LAUNCH_MAJOR
         and triton_version() >= DEPENDENT_LAUNCH_TRITON,
-        tensor_maps=torch.version.hip is None and properties.major == HOPPER_MAJOR,
+        tensor_maps=torch.version.hip is None
+        and properties.major == HOPPER_MAJOR
+        and triton_version() >= DEPENDENT_LAUNCH_TRITON,
     )
 
 

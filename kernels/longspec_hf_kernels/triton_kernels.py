@@ -12,6 +12,8 @@ Scores are kept in base 2: `exp(x) = exp2(x * log2(e))`.
 import triton
 import triton.language as tl
 
+from .early_launch import release_successor, wait_for_predecessor
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -93,7 +95,7 @@ def split_attention_kernel(
     come from device tensors; splits beyond a sequence's work write a log-sum-exp of -inf only.
     """
     if WAIT:
-        tl.extra.cuda.gdc_wait()  # launched before the kernels that write its inputs have finished
+        wait_for_predecessor()  # launched before the kernels that write its inputs have finished
     row_tile = tl.program_id(0)
     sequence = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
@@ -183,7 +185,7 @@ def split_attention_kernel(
             q, k, v, acc, top, total, visible, score_scale, softcap, True, SOFTCAP, PRECISION
         )
     if RELEASE:
-        tl.extra.cuda.gdc_launch_dependents()  # the reduction may be brought in; it waits for this grid
+        release_successor()  # the reduction may be brought in; it waits for this grid
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
@@ -217,9 +219,9 @@ def combine_splits_kernel(
     dims = tl.arange(0, BLOCK_D)
     dim_ok = dims < HEAD_DIM
     if WAIT:
-        tl.extra.cuda.gdc_wait()  # launched before the splits have finished: see triton_attention
+        wait_for_predecessor()  # launched before the splits have finished: see triton_attention
     if RELEASE:
-        tl.extra.cuda.gdc_launch_dependents()  # whatever is brought in waits for this grid before it reads
+        release_successor()  # whatever is brought in waits for this grid before it reads
     first = slot.to(tl.int64) * num_splits
     splits = tl.arange(0, MAX_SPLITS)
     every_lse = tl.load(partial_lse + first + splits, mask=splits < num_splits, other=float("-inf"))
