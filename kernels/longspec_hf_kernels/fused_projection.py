@@ -17,7 +17,7 @@ from .fused_rotary import (
     validate_rotation,
     validate_store,
 )
-from .linear_configs import choose_linear, is_for_few_rows
+from .linear_configs import LinearConfig, choose_linear, is_for_few_rows
 from .triton_configs import device_limits
 from .validation import expect
 
@@ -144,7 +144,7 @@ def project_rotate_and_store(
     return launch_rotation(Heads(query, query_norm, biases[0]), cos, sin, x.dtype, store, head_dim=head_dim, eps=eps)
 
 
-def _config(x: torch.Tensor, *weights: torch.Tensor) -> Any:
+def _config(x: torch.Tensor, *weights: torch.Tensor) -> LinearConfig:
     rows, columns = x.shape[:-1].numel(), sum(weight.shape[0] for weight in weights)
     return choose_linear(rows, columns, x.shape[-1], device_limits(x.device), split=True)
 
