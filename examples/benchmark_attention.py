@@ -25,7 +25,8 @@ from longspec_hf_kernels.flash_attention import has_flash_attn, hybrid_tree_atte
 from longspec_hf_kernels.triton_attention import hybrid_tree_attention_triton
 
 SHAPES = {"qwen2.5-7b": (28, 4, 128), "llama-3-8b": (32, 8, 128), "vicuna-7b": (32, 32, 128)}
-PAPER = "paper (flash-attn)" if has_flash_attn() else "paper (torch flash)"
+PAPER = "paper (torch flash)"
+PAPER_PACKAGE = "paper (flash-attn)"
 DTYPE = torch.bfloat16
 MIN_SET_BYTES = 2**28  # K/V sets rotated over: several times the L2 cache of any card
 MIN_CALLS = 16  # in a graph, whose own launch takes some microseconds
@@ -80,7 +81,7 @@ def triton(problem: Problem, key: torch.Tensor, value: torch.Tensor) -> torch.Te
     )
 
 
-def paper(problem: Problem, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def paper(problem: Problem, key: torch.Tensor, value: torch.Tensor, package: bool = False) -> torch.Tensor:
     return hybrid_tree_attention_flash(
         problem.query,
         key,
@@ -89,7 +90,12 @@ def paper(problem: Problem, key: torch.Tensor, value: torch.Tensor) -> torch.Ten
         problem.bits,
         scale=problem.scale,
         host_lens=[problem.prefix],
+        package=package,
     )
+
+
+def paper_with_package(problem: Problem, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return paper(problem, key, value, package=True)
 
 
 def eager(problem: Problem, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -151,7 +157,13 @@ def flex(problem: Problem) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     return run
 
 
-BACKENDS = {"triton": triton, PAPER: paper, "eager": eager, "sdpa + mask": sdpa}
+BACKENDS = {
+    "triton": triton,
+    PAPER: paper,
+    **({PAPER_PACKAGE: paper_with_package} if has_flash_attn() else {}),
+    "eager": eager,
+    "sdpa + mask": sdpa,
+}
 
 
 def backend(name: str, problem: Problem) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -275,7 +287,7 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
             measured = []
             for nodes in args.nodes:
                 slow = nodes in args.slow_nodes and prefix in (args.slow_lengths or args.lengths)
-                names = [name for name in args.backends if slow or name in ("triton", PAPER)]
+                names = [name for name in args.backends if slow or name in ("triton", PAPER, PAPER_PACKAGE)]
                 problem = make_problem(buffers, heads, prefix, nodes)
                 names = [name for name in names if name != "flex" or compiles(name, problem)]
                 measured.append((nodes, names, problem, measure(problem, names, copy, matmul)))

@@ -94,18 +94,33 @@ class LongSpecCandidateGenerator(CandidateGenerator):
         positions: torch.Tensor,
         embeds: torch.Tensor | None = None,
     ) -> None:
-        """Read the prompts; only their last `sliding_window` tokens are projected.
+        """Read the prompts.
 
         Args:
             token_ids: each prompt's ids, padding left out.
             positions: `[B, n]` the prompts' positions; the last ones belong to the ids.
             embeds: `[B, n, hidden]`, where the prompts are given as embeddings; then the ids may be fewer, or none.
         """
+        self.project_prompts(token_ids, positions, embeds)
+        self.index_prompts(token_ids)
+
+    def index_prompts(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """The host's half of `start`: find n-grams in the prompts from now on."""
+        for row, ids in zip(self.rows, token_ids, strict=True):
+            row.index.extend(ids)
+
+    def project_prompts(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        positions: torch.Tensor,
+        embeds: torch.Tensor | None = None,
+    ) -> None:
+        """The device's half of `start`: fill the window with the prompts' last tokens; arguments as there."""
         window = self.draft.config.sliding_window
         tails: list[torch.Tensor] = []
-        for number, (row, ids) in enumerate(zip(self.rows, token_ids, strict=True)):
-            row.index.extend(ids)
-            row.root_position = int(positions[number, -1])
+        last_positions = positions[:, -1].tolist()
+        for number, (row, ids, last) in enumerate(zip(self.rows, token_ids, last_positions, strict=True)):
+            row.root_position = last
             if embeds is None:
                 tail = torch.tensor(list(ids[-window:]), dtype=torch.long, device=self.draft.device)
                 tails.append(self.bound.embed(tail))

@@ -125,16 +125,24 @@ class Decoder:
         return self.stats
 
     def _prefill(self) -> None:
-        began = time.perf_counter()
+        began, prompts = time.perf_counter(), self.prompts
+        self.generator.project_prompts(prompts.token_ids, prompts.positions, prompts.embeds)
         logits = self.target.prefill()
         self.cache.begin_rounds(self.active)
         self._exact_rows = self.cache.row_lengths[0]
+        # A GPU is still at the prefill. What the host does until the first token is drawn takes no time, then.
+        self.generator.index_prompts(prompts.token_ids)
+        self._prepare_rounds()
         drawn = [drawer.draw(logits[row : row + 1]) for row, drawer in enumerate(self.drawers)]
         self.stats.committed = self.stats.committed_by_prefill = self.active
         self.stats.prefill_seconds = time.perf_counter() - began
-        prompts = self.prompts
-        self.generator.start(prompts.token_ids, prompts.positions, prompts.embeds)
         self.generator.append([[token] for token, _ in drawn])
+        self._retire([stopped for _, stopped in drawn])
+        if self.engine is not None and self.active:
+            self.engine.load(self._limits(), self.starts)
+
+    def _prepare_rounds(self) -> None:
+        """All that rounds need beforehand, but the first token; nothing here waits for the device."""
         self.engine, self.stats.uncaptured_reason = self.make_engine()
         context = self.cache.row_lengths[0].bit_length()
         place = (str(self.generator.draft.device), self.engine is not None, torch.get_num_threads())
@@ -144,9 +152,11 @@ class Decoder:
             costs = {} if self.known is None else self.known.recall_costs(self._kind)
             self.pacer = Pacer(self.settings.fallback_to_plain, ENGINE_PATIENCE, certain, costs)
         self.trees = self._make_chooser()
-        self._retire([stopped for _, stopped in drawn])
-        if self.engine is not None and self.active:
-            self.engine.load(self._limits(), self.starts)
+        limits = self._limits()
+        if self.engine is not None and max(limits) > 1:
+            self.engine.load(limits, self.starts)
+            plain = [self.settings.limited_to(0)] if self.pacer.enabled else []
+            self.engine.prepare_ahead([self.trees.settings, *plain], self._is_greedy())
 
     def _make_chooser(self) -> TreeChooser:
         """What chooses the rounds' trees; compiled targets keep one, and so do processes, which must have the same."""

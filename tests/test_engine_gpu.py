@@ -13,6 +13,9 @@ from longspec_hf.bench.counting import GuessingDraft, guessing_draft, make_count
 from longspec_hf.engine import Engine
 from longspec_hf.engine.capture import Captured
 from longspec_hf.engine.host_copies import HostCopies
+from longspec_hf.hook import _Runner
+from longspec_hf.pacing import Pacer
+from longspec_hf.text import TokenDrawer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -159,6 +162,66 @@ def test_rounds_wait_for_their_tokens_alone(monkeypatch):
     out = call(model, ids, draft, streamer=streamer, **options).sequences
     assert count[0] > 10 and streamer.put.call_count > 100
     assert equal_but_for_rounding(model, plain, out)
+
+
+def test_rounds_are_captured_while_the_device_reads_the_prompt(monkeypatch):
+    """Between the prefill and the first token nothing waits for the device, which is given more to do for that."""
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    draft = learned(model, fallback_to_plain=True)
+    ids = prompt(700, seed=2).cuda()
+    plain = call(model, ids).sequences
+    expected = call(model, ids, draft).sequences  # compiles
+    assert equal_but_for_rounding(model, plain, expected)
+    captured, ahead = [0], []
+    prefill, draw, begin = _Runner.prefill, TokenDrawer.draw, torch.cuda.CUDAGraph.capture_begin
+
+    def busy_prefill(self):
+        logits = prefill(self)
+        torch.cuda._sleep(10**9)  # half a second
+        torch.cuda.set_sync_debug_mode("error")
+        return logits
+
+    def watched_draw(self, logits):
+        torch.cuda.set_sync_debug_mode("default")
+        ahead.append((captured[0], torch.cuda.current_stream().query()))
+        return draw(self, logits)
+
+    def counted(self, *args, **kwargs):
+        captured[0] += 1
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(_Runner, "prefill", busy_prefill)
+    monkeypatch.setattr(TokenDrawer, "draw", watched_draw)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counted)
+    try:
+        out = call(model, ids, draft).sequences
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out, expected)
+    assert ahead[0] == (3, False)  # beam, trees and, since the first call has taken some, plain steps
+
+
+def test_what_was_prepared_and_not_run_is_not_captured_cold(monkeypatch):
+    """A plain step prepared ahead in a call that never takes one has run no kernel: the next call runs it first."""
+    model = tiny_target(initializer_range=0.1, **SIZES).cuda()
+    ids = prompt(40, seed=2).cuda()
+    plain = call(model, ids).sequences
+    monkeypatch.setattr(HostCopies, "device_is_busy", lambda self: True)
+    draft = learned(model, fallback_to_plain=True)
+    depths, close = [], Engine.close
+
+    def closed(self):
+        depths.append({settings.depth for name, settings, *_ in self._warm if name == "greedy"})
+        close(self)
+
+    monkeypatch.setattr(Engine, "close", closed)
+    monkeypatch.setattr(Pacer, "speculates", lambda self: True)
+    outs = [call(model, ids, draft).sequences for _ in range(2)]
+    assert len(depths) == 2 and all(0 not in warm for warm in depths)
+    monkeypatch.setattr(Pacer, "speculates", lambda self: self.rounds < 3)
+    outs += [call(model, ids, draft).sequences for _ in range(2)]
+    assert all(0 in warm for warm in depths[2:])
+    assert all(equal_but_for_rounding(model, plain, out) for out in outs)
 
 
 def test_what_is_fetched_is_of_its_point_of_the_stream():

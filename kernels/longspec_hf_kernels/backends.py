@@ -22,7 +22,9 @@ MIN_CUDA_MAJOR = 8
 @functools.cache
 def has_flash_attn() -> bool:
     """Whether the flash-attn package is installed; without it "flash" uses PyTorch's own flash kernel."""
-    return importlib.util.find_spec("flash_attn") is not None
+    spec = importlib.util.find_spec("flash_attn")
+    # flash-attn-4 alone makes this a folder without a module of its own, and has no kernel for decoding.
+    return spec is not None and spec.origin is not None
 
 
 @functools.cache

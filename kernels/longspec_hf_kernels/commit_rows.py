@@ -47,7 +47,9 @@ class RowMover:
         self._addresses, self._alignments = [], []
         for group in self._groups.values():
             addresses = [buffer.data_ptr() for buffer in group]
-            self._addresses.append(torch.tensor(addresses, dtype=torch.int64, device=group[0].device))
+            # From pinned memory: a copy from any other would wait for the device.
+            pinned = torch.tensor(addresses, dtype=torch.int64, pin_memory=group[0].is_cuda)
+            self._addresses.append(pinned.to(group[0].device, non_blocking=True))
             self._alignments.append(math.gcd(*addresses))
 
     def move(self, lengths: torch.Tensor, visited: torch.Tensor, counts: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ def hybrid_tree_attention_flash(
     sinks: torch.Tensor | None = None,
     packed: bool = False,
     host_lens: Sequence[int] | None = None,
+    package: bool | None = None,
 ) -> torch.Tensor:
     """`hybrid_tree_attention_reference` without windows, as the paper computes it.
 
@@ -33,25 +34,27 @@ def hybrid_tree_attention_flash(
         packed: hand the query heads of a K/V head to the prefix kernel as rows of one head (the paper
             does not); False is the paper's scheme.
         host_lens: `prefix_lens` as the caller knows them, to spare PyTorch's kernel the wait (below).
+        package: read the prefix with the flash-attn package's kernel or with PyTorch's; by default with the
+            package's where it is installed.
 
     Others, and the result, as in `hybrid_tree_attention_reference`; fp16 and bf16; a soft-cap with flash-attn
-    only. With flash-attn all
-    lengths are read on the device; PyTorch's kernel takes views cut on the host, so without `host_lens`
-    it waits for the device, and it cannot be captured with changing lengths.
+    only. With flash-attn all lengths are read on the device; PyTorch's kernel takes views cut on the host, so
+    without `host_lens` it waits for the device, and it cannot be captured with changing lengths.
 
     Raises:
         ValueError: a soft-cap without flash-attn.
 
     Source: LongSpec (arXiv 2502.17421), hybrid tree attention.
     """
-    if softcap is not None and not has_flash_attn():
+    package = has_flash_attn() if package is None else package
+    if softcap is not None and not package:
         raise ValueError(
-            f"`softcap` must be None without the flash-attn package, whose kernel has it; got {softcap}: install "
-            "flash-attn or choose another backend."
+            f"`softcap` must be None without the flash-attn package, whose kernel has it; got {softcap}: install and "
+            "use flash-attn, or choose another backend."
         )
     batch, heads, nodes, head_dim = query.shape
     prefix_out, prefix_lse = prefix_attention(
-        query, key, value, prefix_lens, starts, scale, softcap, packed, host_lens
+        query, key, value, prefix_lens, starts, scale, softcap, packed, package, host_lens
     )
     out = torch.empty(batch, nodes, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     tree_out = query.new_empty((batch, nodes, heads, head_dim), dtype=torch.float32)
@@ -107,6 +110,7 @@ def prefix_attention(
     scale: float,
     softcap: float | None,
     packed: bool,
+    package: bool,
     host_lens: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows `[start, prefix_len)` by a flash kernel.
@@ -119,7 +123,7 @@ def prefix_attention(
     kv_heads = key.shape[1]
     if packed:
         query = query.reshape(batch, kv_heads, -1, head_dim)
-    if has_flash_attn():
+    if package:
         from flash_attn import flash_attn_with_kvcache
 
         out, lse = flash_attn_with_kvcache(

@@ -6,7 +6,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class WarmKeys:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._keys
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._keys)
 
     def add(self, key: Hashable) -> None:
         """Remember `key`."""

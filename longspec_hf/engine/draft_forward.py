@@ -95,8 +95,8 @@ class DraftForward:
             sizes = self._sizes(tree_shape)
             visible = torch.eye(sum(sizes), dtype=torch.bool, device=self.window.keys.device)
             own_bits = pack_ancestor_bits(visible.unsqueeze(0)).expand(sequences, -1, -1).split(sizes, dim=1)
-            row_depths = [torch.full((sequences, size), depth) for depth, size in enumerate(sizes)]
-            row_depths = [depths.to(self.window.keys.device) for depths in row_depths]
+            device = self.window.keys.device
+            row_depths = [torch.full((sequences, size), depth, device=device) for depth, size in enumerate(sizes)]
             self.known[key] = [
                 Level(
                     sum(sizes[:depth]),

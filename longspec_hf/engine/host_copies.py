@@ -16,8 +16,17 @@ class HostCopies:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._sent: dict[tuple[int, ...], tuple[torch.Tensor, Any]] = {}
+
+    def tensor(self, values: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Rows of integers as an int64 tensor on the device, there behind what its stream still has to do."""
+        return torch.tensor(values, pin_memory=self._on_gpu).to(self._device, non_blocking=True)
+
+    def device_is_busy(self) -> bool:
+        """Whether the device's stream still has something to do."""
+        return self._on_gpu and not torch.cuda.current_stream(self._device).query()
 
     def send(self, values: Sequence[Sequence[int]], target: torch.Tensor) -> None:
         """Write rows of integers to an int64 tensor on the device, behind what its stream still has to do."""

@@ -103,8 +103,8 @@ class Engine:
             self._forget_graphs()
         wide = [[row.root, row.root_position, limit] for row, limit in zip(rows, limits, strict=True)]
         narrow = [self.cache.row_lengths[: len(rows)], self.generator.window.row_lengths[: len(rows)]]
-        roots, positions, depths = torch.tensor(wide, device=self.device).unsqueeze(-1).unbind(1)
-        lengths, window_lengths = torch.tensor(narrow, dtype=torch.int32, device=self.device).unbind(0)
+        roots, positions, depths = self._copies.tensor(wide).unsqueeze(-1).unbind(1)
+        lengths, window_lengths = self._copies.tensor(narrow).int().unbind(0)
         fresh = RoundState(
             roots.clone(),
             positions.clone(),
@@ -133,6 +133,13 @@ class Engine:
         """Whether the next such round is a replay, and so worth timing."""
         names = (["beam"] if settings.depth else []) + ["greedy" if greedy else "verify"]
         return all(self._captured(name, settings).replays for name in names)
+
+    def prepare_ahead(self, rounds: Sequence[TreeSettings], greedy: bool) -> None:
+        """Prepare such rounds for as long as the device has other work, which hides what captures take."""
+        for settings in rounds:
+            if not self._copies.device_is_busy():
+                return
+            self.prepare(settings, greedy)
 
     def prepare(self, settings: TreeSettings, greedy: bool) -> None:
         """Do what a round needs done beforehand and now and then: room in the buffers, the window's move, captures."""
@@ -168,7 +175,7 @@ class Engine:
     def greedy_round(self, settings: TreeSettings) -> tuple[list[int], list[list[int]]]:
         """A whole round; returns how many nodes were drafted for every sequence, and its new tokens."""
         self._draft(settings)
-        read = self._copies.fetch(self._captured("greedy", settings)())
+        read = self._copies.fetch(self._run("greedy", settings))
         self._draft_ahead(settings)
         rows = read()
         tokens = [row[2 : 2 + row[1]] for row in rows]
@@ -180,7 +187,7 @@ class Engine:
     def draft_and_verify(self, settings: TreeSettings) -> tuple[TokenTree, torch.Tensor]:
         """The first half of a round; returns the trees and their logits `[b, T, V]`, for the caller to walk."""
         self._draft(settings)
-        drafted, logits = self._captured("verify", settings)()
+        drafted, logits = self._run("verify", settings)
         if drafted.beam is not None and self.generator.settings.choices is not None:
             self._beams = self._copies.fetch(drafted.beam.as_integers())
         return drafted.tree, logits
@@ -199,7 +206,7 @@ class Engine:
             for nodes, new in zip(visited, tokens, strict=True)
         ]
         self._copies.send(padded, self._given(most))
-        self._captured("commit", settings)()
+        self._run("commit", settings)
         self._draft_ahead(settings)
         self.generator.window.advance([len(row) for row in tokens])
 
@@ -226,10 +233,16 @@ class Engine:
                 "verify": self._grow_and_verify,
                 "commit": self._commit,
             }
-            function, kind = functions[name], self._kind(name, settings)
-            self._graphs[key] = Captured(lambda: function(settings), self.device, self.pool, kind in self._warm)
-            self._warm.add(kind)
+            function, warm = functions[name], self._kind(name, settings) in self._warm
+            self._graphs[key] = Captured(lambda: function(settings), self.device, self.pool, warm)
         return self._graphs[key]
+
+    def _run(self, name: str, settings: TreeSettings) -> Any:
+        captured = self._captured(name, settings)
+        result = captured()
+        if captured.calls == 1 and captured.can_capture:
+            self._warm.add(self._kind(name, settings))
+        return result
 
     def _prepare(self, name: str, settings: TreeSettings, before: Captured | None = None) -> Captured:
         """Capture what can be captured of a part of a round, which reads the result of the part before it."""
@@ -273,7 +286,7 @@ class Engine:
     def _draft(self, settings: TreeSettings) -> None:
         """Have the beam drafted, if it is not yet, and tell the device what the context's n-grams propose."""
         if settings.depth and self._ahead is None:
-            self._captured("beam", settings)()
+            self._run("beam", settings)
         self._ahead = None
         if length := settings.ngram_branch_length:
             copied = self.generator.copy_branches(self.state.sequences, length)
@@ -283,7 +296,7 @@ class Engine:
     def _draft_ahead(self, settings: TreeSettings) -> None:
         """Have the next round's beam drafted, from what this one has committed: mostly it has the same settings."""
         if self.device.type in DRAFTS_AHEAD and settings.depth and self._captured("beam", settings).replays:
-            self._captured("beam", settings)()
+            self._run("beam", settings)
             self._ahead = settings
 
     def _drop_ahead(self) -> None:

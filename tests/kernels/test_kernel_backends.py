@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_cases import TOLERANCE, make_case, needs_interpreter
 from longspec_hf_kernels import hybrid_tree_attention
-from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE, available_backends, select_backend
+from longspec_hf_kernels.backends import ENVIRONMENT_VARIABLE, available_backends, has_flash_attn, select_backend
 
 WITHOUT_TRITON = """
 import sys
@@ -29,6 +29,16 @@ def test_an_unknown_or_unavailable_backend_is_named(monkeypatch, wrong):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, wrong)
     with pytest.raises(ValueError, match=rf"`LONGSPEC_ATTENTION` must name .* torch.*; got '{wrong}'"):
         make_case(prefixes=[3]).run(hybrid_tree_attention)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["flash-attn", "flash-attn-4 alone"])
+def test_flash_attn_is_a_package_with_a_module_of_its_own(whole, tmp_path, monkeypatch):
+    """flash-attn-4 installs nothing but a folder within the same name, without the kernel that is asked for."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    if whole:
+        (tmp_path / "flash_attn" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert has_flash_attn.__wrapped__() == whole
 
 
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):

@@ -41,6 +41,8 @@ def test_prefix_and_tree_merge_to_one_softmax(monkeypatch, head_dim, dtype):
     assert case.error(hybrid_tree_attention_flash) < TOLERANCE[dtype]
     packed = case.run(hybrid_tree_attention_flash, packed=True)
     assert relative_error(packed, case.expected()) < TOLERANCE[dtype]
+    monkeypatch.setattr(flash_attention, "has_flash_attn", lambda: True)  # PyTorch's can be asked for all the same
+    assert torch.equal(case.run(hybrid_tree_attention_flash, packed=True, package=False), packed)
 
 
 @needs_interpreter

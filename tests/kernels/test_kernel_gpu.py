@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import TOLERANCE, WRONG_MASK_ERROR, make_case, relative_error
 from longspec_hf_kernels import hybrid_tree_attention, pack_ancestor_bits
-from longspec_hf_kernels.backends import FLASH_HEAD_DIMS
+from longspec_hf_kernels.backends import FLASH_HEAD_DIMS, has_flash_attn
 from longspec_hf_kernels.torch_attention import hybrid_tree_attention_torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -29,6 +29,7 @@ needs_hopper = pytest.mark.skipif(
     reason="the kernel is for Hopper GPUs and one version of Gluon",
 )
 
+FLASH_ATTN = pytest.param(True, marks=pytest.mark.skipif(not has_flash_attn(), reason="flash-attn is not installed"))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 HEAD_DIMS = [64, 80, 96, 128, 256]
@@ -108,7 +109,8 @@ def test_windows_agree_between_the_paths(dtype, window):
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", FLASH_HEAD_DIMS)
 @pytest.mark.parametrize("nodes", [1, 21, 69])
-def test_the_scheme_of_the_paper_and_the_torch_path(nodes, head_dim, dtype):
+@pytest.mark.parametrize("package", [False, FLASH_ATTN], ids=["torch flash", "flash-attn"])
+def test_the_scheme_of_the_paper_and_the_torch_path(package, nodes, head_dim, dtype):
     """C73: prefix and tree parts merged, against one softmax; GQA 8:2."""
     case = make_case(prefixes=[700, 0, 65], starts=[3, 0, 65], nodes=nodes, tree_keys=nodes + 9, group=4,
                      head_dim=head_dim, dtype=dtype, device="cuda", sinks=nodes == 21)  # fmt: skip
@@ -116,8 +118,18 @@ def test_the_scheme_of_the_paper_and_the_torch_path(nodes, head_dim, dtype):
     expected = case.expected()
     assert relative_error(case.run(hybrid_tree_attention_torch), expected) < TOLERANCE[dtype]
     case.options.pop("key_depths")
-    assert relative_error(case.run(hybrid_tree_attention_flash), expected) < TOLERANCE[dtype]
-    assert relative_error(case.run(hybrid_tree_attention_flash, packed=True), expected) < TOLERANCE[dtype]
+    for packed in (False, True):
+        out = case.run(hybrid_tree_attention_flash, packed=packed, package=package)
+        assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("package", [FLASH_ATTN], ids=["flash-attn"])
+def test_flash_attn_has_a_soft_cap(package):
+    case = make_case(prefixes=[700, 0], nodes=21, tree_keys=21, group=4, head_dim=128, dtype=torch.bfloat16,
+                     device="cuda", softcap=3.0)  # fmt: skip
+    case.options = {k: v for k, v in case.options.items() if k not in ("window", "depths", "key_depths")}
+    out = case.run(hybrid_tree_attention_flash, package=package)
+    assert relative_error(out, case.expected()) < TOLERANCE[torch.bfloat16]
 
 
 def beyond_one_step(run: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
