@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> None:
         "longspec_hf": __version__,
         "python": platform.python_version(),
         "model": args.target or f"{args.shape} (random weights, scripted draft)",
+        "dtype": args.dtype,
     }
     target, draft = load(args, device)
-    rate = copy_rate(device)
-    print(f"{facts['device']}, copy {rate / 1e12:.2f} TB/s, torch {torch.__version__}, {facts['model']}", flush=True)
-    rounds = measure_rounds(args, target, draft, rate) if args.rounds else []
+    print(f"{facts['device']}, torch {torch.__version__}, {facts['model']}, {args.dtype}", flush=True)
+    rounds = measure_rounds(args, target, draft) if args.rounds else []
     calls = measure_calls(args, target, draft) if args.ways else []
     for rows, path in ((rounds, args.rounds_csv), (calls, args.csv)):
         if rows:
@@ -119,14 +119,18 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedMode
 
 
 def measure_rounds(
-    args: argparse.Namespace, target: PreTrainedModel, draft: LongSpecDraftModel, rate: float
+    args: argparse.Namespace, target: PreTrainedModel, draft: LongSpecDraftModel
 ) -> list[dict[str, Any]]:
-    """Rows of the table of rounds: the tree a call begins with and the root alone, at every context and batch."""
+    """Rows of the table of rounds: the tree a call begins with and the root alone, at every context and batch.
+
+    The copy rate of their floors is measured beside each: it changes by some percent as a card warms up.
+    """
     settings = resolve_tree_settings(draft, target.generation_config).of_tree(None)
     rows = []
     for context in args.contexts:
         for sequences in args.batch:
             for chosen in (settings, settings.limited_to(0)):
+                rate = copy_rate(target.device)
                 times = time_rounds(target, draft, chosen, context, rate, sequences, with_parts=bool(chosen.depth))
                 rows.append(
                     {
@@ -137,6 +141,7 @@ def measure_rounds(
                         "round_ms": round(times.round_ms, 3),
                         "floor_ms": round(times.floor_ms, 3),
                         "times_floor": round(times.round_ms / times.floor_ms, 3),
+                        "copy_tb_s": round(rate / 1e12, 3),
                         "tau": round(times.tau, 2),
                         **{name.replace(" ", "_") + "_ms": round(ms, 3) for name, ms in times.parts.items()},
                     }

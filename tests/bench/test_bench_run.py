@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import tiny_target
+from models import learned, tiny_target
 from saved_pairs import save_tiny_pair
 
 from longspec_hf.bench import run as bench
 from longspec_hf.bench import ways
+from longspec_hf.bench.rounds import RoundTimes
 from longspec_hf.bench.ways import CAPTURED_PLAIN, COMPILED, LONGSPEC, PLAIN, Decoded
 from longspec_hf.cli import main
 
@@ -165,6 +166,30 @@ def test_every_way_is_called_at_every_context(monkeypatch):
     ]
     assert [row["over_default"] for row in rows] == [1.0, 4.0, 1.0, 4.0]
     assert {row["over_compiled"] for row in rows} == {row["over_captured_plain"] for row in rows} == {None}
+
+
+def test_a_round_s_floor_is_of_the_copy_rate_beside_it(monkeypatch):
+    target = tiny_target()
+    rates, timed = iter([3e12, 2e12, 3e12, 1e12]), []
+
+    def time_rounds(target, draft, settings, context, rate, sequences, with_parts):
+        timed.append((context, bool(settings.depth), rate, with_parts))
+        parts = {"walk": 0.5, "of it beam": 0.25} if with_parts else {}
+        return RoundTimes(context, settings.max_nodes, settings.depth, 9.0, 6e12 / rate, 2.0, parts)
+
+    monkeypatch.setattr(bench, "copy_rate", lambda device: next(rates))
+    monkeypatch.setattr(bench, "time_rounds", time_rounds)
+    args = options("--shape", "qwen2.5-7b", "--contexts", "10", "20")
+    rows = bench.measure_rounds(args, target, learned(target))
+    assert timed == [
+        (10, True, 3e12, True),
+        (10, False, 2e12, False),
+        (20, True, 3e12, True),
+        (20, False, 1e12, False),
+    ]
+    assert [row["copy_tb_s"] for row in rows] == [3.0, 2.0, 3.0, 1.0]
+    assert [row["times_floor"] for row in rows] == [4.5, 3.0, 4.5, 1.5]
+    assert rows[0]["walk_ms"] == 0.5 and rows[0]["of_it_beam_ms"] == 0.25 and "walk_ms" not in rows[1]
 
 
 def test_times_are_medians_so_that_one_pause_does_not_count(monkeypatch):
