@@ -91,11 +91,11 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 
     On the CPU only in Triton's interpreter and with `LONGSPEC_ATTENTION=triton`, for tests.
     """
-    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
-    if wanted == "torch" or (wanted != "triton" and tensor.device.type == "cpu"):
+    wanted, on_cpu = os.environ.get(ENVIRONMENT_VARIABLE), tensor.device.type == "cpu"
+    if wanted == "torch" or (wanted != "triton" and on_cpu):
         return False
     fits = tensor.dtype in TRITON_DTYPES or not tensor.is_floating_point()
-    return _has_triton() and fits and _device_runs_triton(tensor.device, _interpreted())
+    return _has_triton() and fits and _device_runs_triton(tensor.device, on_cpu and _interpreted())
 
 
 def load_backend(name: str) -> Callable[..., torch.Tensor]:

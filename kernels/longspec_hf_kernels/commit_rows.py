@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from .backends import uses_triton
-from .validation import INT_DTYPES, expect
+from .validation import INT_DTYPES
 
 
 def move_rows_torch(buffer: torch.Tensor, lengths: torch.Tensor, visited: torch.Tensor, counts: torch.Tensor) -> None:
@@ -34,14 +34,15 @@ class RowMover:
     """
 
     def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
-        expect(len(buffers) > 0, "`buffers` must hold at least one buffer, got none.")
+        if not buffers:
+            raise ValueError("`buffers` must hold at least one buffer, got none.")
         self._groups: dict[tuple, list[torch.Tensor]] = {}
         for buffer in buffers:
-            expect(
-                buffer.dim() == 4 and buffer.stride(-1) == 1,
-                f"`buffers` must be [B, Hkv, capacity, D] with a contiguous last dimension, got shape "
-                f"{list(buffer.shape)} and strides {list(buffer.stride())}.",
-            )
+            if not (buffer.dim() == 4 and buffer.stride(-1) == 1):
+                raise ValueError(
+                    f"`buffers` must be [B, Hkv, capacity, D] with a contiguous last dimension, got shape "
+                    f"{list(buffer.shape)} and strides {list(buffer.stride())}."
+                )
             layout = (buffer.device, buffer.dtype, buffer.shape, buffer.stride())
             self._groups.setdefault(layout, []).append(buffer)
         self._addresses, self._alignments = [], []
@@ -66,17 +67,17 @@ class RowMover:
             ValueError: a shape or dtype does not fit.
         """
         smallest = min(shape[0] for _, _, shape, _ in self._groups)
-        expect(
-            visited.dim() == 2 and visited.shape[0] <= smallest and visited.dtype == torch.int64,
-            f"`visited` must be int64 of shape [{smallest} or fewer, P], got {visited.dtype} of shape "
-            f"{list(visited.shape)}.",
-        )
-        for name, tensor in (("lengths", lengths), ("counts", counts)):
-            expect(
-                tensor.shape == visited.shape[:1] and tensor.dtype in INT_DTYPES,
-                f"`{name}` must be int32 or int64 of shape [{visited.shape[0]}], got {tensor.dtype} of shape "
-                f"{list(tensor.shape)}.",
+        if not (visited.dim() == 2 and visited.shape[0] <= smallest and visited.dtype == torch.int64):
+            raise ValueError(
+                f"`visited` must be int64 of shape [{smallest} or fewer, P], got {visited.dtype} of shape "
+                f"{list(visited.shape)}."
             )
+        for name, tensor in (("lengths", lengths), ("counts", counts)):
+            if not (tensor.shape == visited.shape[:1] and tensor.dtype in INT_DTYPES):
+                raise ValueError(
+                    f"`{name}` must be int32 or int64 of shape [{visited.shape[0]}], got {tensor.dtype} of shape "
+                    f"{list(tensor.shape)}."
+                )
         if visited.numel() == 0:
             return
         for group, addresses, alignment in zip(self._groups.values(), self._addresses, self._alignments, strict=True):

@@ -3,7 +3,7 @@
 import torch
 
 from .backends import uses_triton
-from .validation import FLOAT_DTYPES, expect
+from .validation import FLOAT_DTYPES
 
 # What the kernels keep of a part of the vocabulary, and nodes of a level.
 MAX_WIDTH = 64
@@ -61,21 +61,24 @@ def best_children_fused(
         ValueError: a shape, dtype or `width` does not fit.
     """
     fits = scores.dim() == 2 and logits.dim() == 3 and logits.shape[:2] == scores.shape
-    expect(
-        fits and logits.dtype in FLOAT_DTYPES,
-        f"`logits` must be floats of shape [{', '.join(map(str, scores.shape))}, V] for `scores` of that shape, got "
-        f"{logits.dtype} of shape {list(logits.shape)}.",
-    )
-    expect(scores.dtype == torch.float32, f"`scores` must be torch.float32, got {scores.dtype}: cast them.")
-    expect(1 <= width <= MAX_WIDTH, f"`width` must be from 1 to {MAX_WIDTH}, got {width}.")
-    expect(
-        1 <= logits.shape[1] <= MAX_NODES and 1 <= logits.shape[1] * logits.shape[2] < MAX_CHILDREN,
-        f"`logits` must have from 1 to {MAX_NODES} nodes and fewer than {MAX_CHILDREN} children, got shape "
-        f"{list(logits.shape)}.",
-    )
-    if softcap is not None:
-        expect(softcap > 0, f"`softcap` must be positive, got {softcap}: pass None for no soft-cap.")
-    expect(temperature > 0, f"`temperature` must be positive, got {temperature}: pass 1.0 for logits as they are.")
+    if not (fits and logits.dtype in FLOAT_DTYPES):
+        raise ValueError(
+            f"`logits` must be floats of shape [{', '.join(map(str, scores.shape))}, V] for `scores` of that shape, "
+            f"got {logits.dtype} of shape {list(logits.shape)}."
+        )
+    if scores.dtype != torch.float32:
+        raise ValueError(f"`scores` must be torch.float32, got {scores.dtype}: cast them.")
+    if not (1 <= width <= MAX_WIDTH):
+        raise ValueError(f"`width` must be from 1 to {MAX_WIDTH}, got {width}.")
+    if not (1 <= logits.shape[1] <= MAX_NODES and 1 <= logits.shape[1] * logits.shape[2] < MAX_CHILDREN):
+        raise ValueError(
+            f"`logits` must have from 1 to {MAX_NODES} nodes and fewer than {MAX_CHILDREN} children, got shape "
+            f"{list(logits.shape)}."
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`softcap` must be positive, got {softcap}: pass None for no soft-cap.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}: pass 1.0 for logits as they are.")
     if uses_triton(logits):
         from .fused_beam_kernel import best_children_triton
 

@@ -3,7 +3,6 @@
 import torch
 
 from .backends import uses_triton
-from .validation import expect
 
 
 def append_children_torch(
@@ -58,26 +57,28 @@ def append_children(
         ("beam", beam, most, (torch.int64, torch.int64, torch.float32)),
         ("children", children, width, (torch.float32, torch.int64, torch.int64)),
     ):
-        expect(
-            all(t.shape == (batch, columns) and t.dtype == d for t, d in zip(tensors, dtypes, strict=True)),
-            f"`{name}` must be {', '.join(map(str, dtypes))} of shape {[batch, columns]} each, got "
-            f"{', '.join(f'{t.dtype} of shape {list(t.shape)}' for t in tensors)}.",
+        if not all(t.shape == (batch, columns) and t.dtype == d for t, d in zip(tensors, dtypes, strict=True)):
+            raise ValueError(
+                f"`{name}` must be {', '.join(map(str, dtypes))} of shape {[batch, columns]} each, got "
+                f"{', '.join(f'{t.dtype} of shape {list(t.shape)}' for t in tensors)}."
+            )
+    if not all(t.is_contiguous() for t in beam):
+        raise ValueError("`beam` must be contiguous tensors: it is written in place.")
+    if not (bits.dim() == 3 and bits.shape[0] == batch and bits.dtype == torch.int64):
+        raise ValueError(
+            f"`bits` must be torch.int64 of shape [{batch}, nodes, words], got {bits.dtype} of shape "
+            f"{list(bits.shape)}."
         )
-    expect(all(t.is_contiguous() for t in beam), "`beam` must be contiguous tensors: it is written in place.")
-    expect(
-        bits.dim() == 3 and bits.shape[0] == batch and bits.dtype == torch.int64,
-        f"`bits` must be torch.int64 of shape [{batch}, nodes, words], got {bits.dtype} of shape {list(bits.shape)}.",
-    )
     seen = (batch, width, bits.shape[-1])
-    expect(
-        own_bits is None or (own_bits.shape == seen and own_bits.dtype == torch.int64),
-        f"`own_bits` must be None or torch.int64 of shape {list(seen)}, got "
-        f"{None if own_bits is None else f'{own_bits.dtype} of shape {list(own_bits.shape)}'}.",
-    )
-    expect(
-        place >= 0 and place + width <= most,
-        f"`place` must be from 0 to {most - width} for {width} children in a beam of {most}, got {place}.",
-    )
+    if not (own_bits is None or (own_bits.shape == seen and own_bits.dtype == torch.int64)):
+        raise ValueError(
+            f"`own_bits` must be None or torch.int64 of shape {list(seen)}, got "
+            f"{None if own_bits is None else f'{own_bits.dtype} of shape {list(own_bits.shape)}'}."
+        )
+    if not (place >= 0 and place + width <= most):
+        raise ValueError(
+            f"`place` must be from 0 to {most - width} for {width} children in a beam of {most}, got {place}."
+        )
     if uses_triton(beam[2]):
         from .fused_children_kernel import append_children_triton
 

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from .backends import uses_triton
-from .validation import expect
 
 
 def silu_and_multiply_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -24,11 +23,11 @@ def silu_and_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: shapes or dtypes differ.
     """
-    expect(
-        gate.shape == up.shape and gate.dtype == up.dtype,
-        f"`up` must be {gate.dtype} of shape {list(gate.shape)} like `gate`, got {up.dtype} of shape "
-        f"{list(up.shape)}.",
-    )
+    if not (gate.shape == up.shape and gate.dtype == up.dtype):
+        raise ValueError(
+            f"`up` must be {gate.dtype} of shape {list(gate.shape)} like `gate`, got {up.dtype} of shape "
+            f"{list(up.shape)}."
+        )
     if uses_triton(gate):
         from .fused_gate_kernel import silu_and_multiply_triton
 

@@ -12,7 +12,6 @@ from .fused_gate import silu_and_multiply_torch
 from .fused_norm import add_rms_norm_torch
 from .linear_configs import LinearConfig, choose_linear, is_for_few_rows
 from .triton_configs import device_limits
-from .validation import expect
 
 
 def few_rows_fit(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -64,7 +63,8 @@ def gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch
         ValueError: a shape or dtype does not fit.
     """
     _validate(x, gate, "gate")
-    expect(up.shape == gate.shape, f"`up` must be {list(gate.shape)} like `gate`, got {list(up.shape)}.")
+    if up.shape != gate.shape:
+        raise ValueError(f"`up` must be {list(gate.shape)} like `gate`, got {list(up.shape)}.")
     _validate(x, up, "up")
     if not (few_rows_fit(x, gate) and up.is_contiguous()):
         return gated_linear_torch(x, gate, up)
@@ -101,10 +101,11 @@ def linear_add_rms_norm(
     _validate(x, weight, "weight")
     shape = (*x.shape[:-1], weight.shape[0])
     for name, tensor, wanted in (("residual", residual, shape), ("norm_weight", norm_weight, shape[-1:])):
-        expect(
-            tuple(tensor.shape) == wanted and tensor.dtype == x.dtype,
-            f"`{name}` must be {x.dtype} of shape {list(wanted)}, got {tensor.dtype} of shape {list(tensor.shape)}.",
-        )
+        if not (tuple(tensor.shape) == wanted and tensor.dtype == x.dtype):
+            raise ValueError(
+                f"`{name}` must be {x.dtype} of shape {list(wanted)}, got {tensor.dtype} of shape "
+                f"{list(tensor.shape)}."
+            )
     if not few_rows_fit(x, weight):
         return linear_add_rms_norm_torch(x, weight, residual, norm_weight, eps)
     from .fused_linear_kernel import linear_add_rms_norm_triton
@@ -119,8 +120,8 @@ def _config(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, split
 
 def _validate(x: torch.Tensor, weight: torch.Tensor, name: str) -> None:
     fits = weight.dim() == 2 and weight.shape[1:] == x.shape[-1:] and weight.dtype == x.dtype
-    expect(
-        fits,
-        f"`{name}` must be {x.dtype} of shape [N, {x.shape[-1]}] like the last dimension of `x`, got {weight.dtype} "
-        f"of shape {list(weight.shape)}.",
-    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must be {x.dtype} of shape [N, {x.shape[-1]}] like the last dimension of `x`, got "
+            f"{weight.dtype} of shape {list(weight.shape)}."
+        )

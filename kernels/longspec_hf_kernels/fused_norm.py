@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from .backends import uses_triton
-from .validation import INT_DTYPES, expect
+from .validation import INT_DTYPES
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -42,11 +42,10 @@ def add_rms_norm(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    if residual is not None:
-        expect(
-            residual.shape == x.shape and residual.dtype == x.dtype,
+    if residual is not None and not (residual.shape == x.shape and residual.dtype == x.dtype):
+        raise ValueError(
             f"`residual` must be {x.dtype} of shape {list(x.shape)} like `x`, got {residual.dtype} of shape "
-            f"{list(residual.shape)}.",
+            f"{list(residual.shape)}."
         )
     _expect_weight(weight, x, "x")
     if uses_triton(x):
@@ -80,8 +79,10 @@ def embed_rms_norm(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    expect(table.dim() == 2, f"`table` must be of shape [V, hidden], got shape {list(table.shape)}.")
-    expect(token_ids.dtype in INT_DTYPES, f"`token_ids` must be int32 or int64, got {token_ids.dtype}.")
+    if table.dim() != 2:
+        raise ValueError(f"`table` must be of shape [V, hidden], got shape {list(table.shape)}.")
+    if token_ids.dtype not in INT_DTYPES:
+        raise ValueError(f"`token_ids` must be int32 or int64, got {token_ids.dtype}.")
     _expect_weight(weight, table, "table")
     if uses_triton(table):
         from .fused_norm_kernel import embed_rms_norm_triton
@@ -91,8 +92,8 @@ def embed_rms_norm(
 
 
 def _expect_weight(weight: torch.Tensor, like: torch.Tensor, name: str) -> None:
-    expect(
-        weight.shape == like.shape[-1:] and weight.dtype == like.dtype,
-        f"`weight` must be {like.dtype} of shape {list(like.shape[-1:])} like the last dimension of `{name}`, got "
-        f"{weight.dtype} of shape {list(weight.shape)}.",
-    )
+    if not (weight.shape == like.shape[-1:] and weight.dtype == like.dtype):
+        raise ValueError(
+            f"`weight` must be {like.dtype} of shape {list(like.shape[-1:])} like the last dimension of `{name}`, got "
+            f"{weight.dtype} of shape {list(weight.shape)}."
+        )

@@ -19,7 +19,6 @@ from .fused_rotary import (
 )
 from .linear_configs import LinearConfig, choose_linear, is_for_few_rows
 from .triton_configs import device_limits
-from .validation import expect
 
 
 def projections_fit(x: torch.Tensor, *weights: torch.Tensor) -> bool:
@@ -119,13 +118,13 @@ def project_rotate_and_store(
         ValueError: a shape or dtype does not fit.
     """
     for name, given in (("weights", weights), ("biases", biases)):
-        expect(len(given) == 3, f"`{name}` must be those of queries, keys and values, got {len(given)}.")
+        if len(given) != 3:
+            raise ValueError(f"`{name}` must be those of queries, keys and values, got {len(given)}.")
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         _validate_projection(x, weight, bias, head_dim, f"weights[{index}]", f"biases[{index}]")
     key, value = weights[1:]
-    expect(
-        value.shape == key.shape, f"`weights[2]` must be {list(key.shape)} like `weights[1]`, got {list(value.shape)}."
-    )
+    if value.shape != key.shape:
+        raise ValueError(f"`weights[2]` must be {list(key.shape)} like `weights[1]`, got {list(value.shape)}.")
     queries, keys, values = (x.new_empty(*x.shape[:2], weight.shape[0], device="meta") for weight in weights)
     validate_store(
         queries, keys, values, cos, sin, key_buffer, value_buffer, first_rows,
@@ -152,16 +151,16 @@ def _config(x: torch.Tensor, *weights: torch.Tensor) -> LinearConfig:
 def _validate_projection(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head_dim: int, name: str, bias_name: str
 ) -> None:
-    expect(x.dim() == 3, f"`x` must be [B, T, K], got shape {list(x.shape)}.")
+    if x.dim() != 3:
+        raise ValueError(f"`x` must be [B, T, K], got shape {list(x.shape)}.")
     fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.shape[0] % head_dim == 0
-    expect(
-        fits and weight.dtype == x.dtype,
-        f"`{name}` must be {x.dtype} of shape [heads * {head_dim}, {x.shape[-1]}], the latter the last dimension of "
-        f"`x`, got {weight.dtype} of shape {list(weight.shape)}.",
-    )
-    if bias is not None:
-        expect(
-            bias.shape == weight.shape[:1] and bias.dtype == x.dtype,
+    if not (fits and weight.dtype == x.dtype):
+        raise ValueError(
+            f"`{name}` must be {x.dtype} of shape [heads * {head_dim}, {x.shape[-1]}], the latter the last "
+            f"dimension of `x`, got {weight.dtype} of shape {list(weight.shape)}."
+        )
+    if bias is not None and not (bias.shape == weight.shape[:1] and bias.dtype == x.dtype):
+        raise ValueError(
             f"`{bias_name}` must be {x.dtype} of shape {list(weight.shape[:1])} like the rows of `{name}`, got "
-            f"{bias.dtype} of shape {list(bias.shape)}.",
+            f"{bias.dtype} of shape {list(bias.shape)}."
         )

@@ -6,7 +6,7 @@ import torch
 
 from .backends import uses_triton
 from .fused_norm import rms_norm_torch
-from .validation import INT_DTYPES, expect
+from .validation import INT_DTYPES
 
 
 def rotate_torch(
@@ -158,30 +158,32 @@ def validate_store(
     validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
     batch, heads = key.shape[0], key.shape[-1] // head_dim
     for name, tensor in (("key", key), ("value", value)):
-        expect(
-            tensor.shape == key.shape and tensor.dtype == query.dtype and tensor.stride(-1) == 1,
-            f"`{name}` must be {query.dtype} of shape {list(key.shape)} with a contiguous last dimension, got "
-            f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}.",
-        )
+        if not (tensor.shape == key.shape and tensor.dtype == query.dtype and tensor.stride(-1) == 1):
+            raise ValueError(
+                f"`{name}` must be {query.dtype} of shape {list(key.shape)} with a contiguous last dimension, got "
+                f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}."
+            )
     validate_rotation(key, cos, sin, head_dim, key_norm, "key_norm", name="key")
     for name, buffer in (("key_buffer", key_buffer), ("value_buffer", value_buffer)):
         fits = buffer.dim() == 4 and buffer.shape[0] >= batch and tuple(buffer.shape[1::2]) == (heads, head_dim)
-        expect(
-            fits and buffer.dtype == query.dtype and buffer.stride(-1) == 1,
-            f"`{name}` must be {query.dtype} of shape [{batch} or more, {heads}, capacity, {head_dim}] with a "
-            f"contiguous last dimension, got {buffer.dtype} of shape {list(buffer.shape)} and strides "
-            f"{list(buffer.stride())}.",
+        if not (fits and buffer.dtype == query.dtype and buffer.stride(-1) == 1):
+            raise ValueError(
+                f"`{name}` must be {query.dtype} of shape [{batch} or more, {heads}, capacity, {head_dim}] with a "
+                f"contiguous last dimension, got {buffer.dtype} of shape {list(buffer.shape)} and strides "
+                f"{list(buffer.stride())}."
+            )
+    if value_buffer.shape[2] != key_buffer.shape[2]:
+        raise ValueError(
+            f"`value_buffer` must have the capacity of `key_buffer`, {key_buffer.shape[2]}, got "
+            f"{value_buffer.shape[2]}."
         )
-    expect(
-        value_buffer.shape[2] == key_buffer.shape[2],
-        f"`value_buffer` must have the capacity of `key_buffer`, {key_buffer.shape[2]}, got {value_buffer.shape[2]}.",
-    )
-    expect(
-        tuple(first_rows.shape) == (batch,) and first_rows.dtype in INT_DTYPES,
-        f"`first_rows` must be int32 or int64 of shape [{batch}], got {first_rows.dtype} of shape "
-        f"{list(first_rows.shape)}.",
-    )
-    expect(offset >= 0, f"`offset` must not be negative, got {offset}.")
+    if not (tuple(first_rows.shape) == (batch,) and first_rows.dtype in INT_DTYPES):
+        raise ValueError(
+            f"`first_rows` must be int32 or int64 of shape [{batch}], got {first_rows.dtype} of shape "
+            f"{list(first_rows.shape)}."
+        )
+    if offset < 0:
+        raise ValueError(f"`offset` must not be negative, got {offset}.")
 
 
 def validate_rotation(
@@ -199,22 +201,20 @@ def validate_rotation(
         ValueError: a shape or dtype does not fit.
     """
     fits = query.dim() == 3 and query.shape[-1] % head_dim == 0 and query.stride(-1) == 1
-    expect(
-        fits,
-        f"`{name}` must be [B, T, heads * {head_dim}] with a contiguous last dimension, got shape "
-        f"{list(query.shape)} and strides {list(query.stride())}.",
-    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must be [B, T, heads * {head_dim}] with a contiguous last dimension, got shape "
+            f"{list(query.shape)} and strides {list(query.stride())}."
+        )
     batch, nodes = query.shape[:2]
     for label, table in (("cos", cos), ("sin", sin)):
         fits = table.dim() == 3 and tuple(table.shape[:2]) == (batch, nodes) and table.shape == cos.shape
-        expect(
-            fits and table.shape[-1] % 2 == 0 and table.shape[-1] <= head_dim and table.dtype == query.dtype,
-            f"`{label}` must be {query.dtype} of shape [{batch}, {nodes}, R] with an even R of at most {head_dim}, "
-            f"got {table.dtype} of shape {list(table.shape)}.",
-        )
-    if norm is not None:
-        expect(
-            tuple(norm.shape) == (head_dim,) and norm.dtype == query.dtype,
-            f"`{norm_name}` must be {query.dtype} of shape [{head_dim}], got {norm.dtype} of shape "
-            f"{list(norm.shape)}.",
+        if not (fits and table.shape[-1] % 2 == 0 and table.shape[-1] <= head_dim and table.dtype == query.dtype):
+            raise ValueError(
+                f"`{label}` must be {query.dtype} of shape [{batch}, {nodes}, R] with an even R of at most "
+                f"{head_dim}, got {table.dtype} of shape {list(table.shape)}."
+            )
+    if norm is not None and not (tuple(norm.shape) == (head_dim,) and norm.dtype == query.dtype):
+        raise ValueError(
+            f"`{norm_name}` must be {query.dtype} of shape [{head_dim}], got {norm.dtype} of shape {list(norm.shape)}."
         )

@@ -3,7 +3,7 @@
 import torch
 
 from .backends import uses_triton
-from .validation import INT_DTYPES, expect
+from .validation import INT_DTYPES
 
 
 def advance_torch(
@@ -54,19 +54,19 @@ def advance(
         ("lengths", lengths, (batch,), torch.int32),
         ("window_lengths", window_lengths, (batch,), torch.int32),
     ):
-        expect(
-            tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous(),
-            f"`{name}` must be {dtype} of shape {list(shape)} and contiguous, for it is written in place, got "
-            f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}.",
+        if not (tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()):
+            raise ValueError(
+                f"`{name}` must be {dtype} of shape {list(shape)} and contiguous, for it is written in place, got "
+                f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}."
+            )
+    if not (counts.shape == (batch,) and counts.dtype in INT_DTYPES):
+        raise ValueError(
+            f"`counts` must be int32 or int64 of shape [{batch}], got {counts.dtype} of shape {list(counts.shape)}."
         )
-    expect(
-        counts.shape == (batch,) and counts.dtype in INT_DTYPES,
-        f"`counts` must be int32 or int64 of shape [{batch}], got {counts.dtype} of shape {list(counts.shape)}.",
-    )
-    expect(
-        tokens.dim() == 2 and tokens.shape[0] == batch and tokens.dtype == torch.int64,
-        f"`tokens` must be torch.int64 of shape [{batch}, P], got {tokens.dtype} of shape {list(tokens.shape)}.",
-    )
+    if not (tokens.dim() == 2 and tokens.shape[0] == batch and tokens.dtype == torch.int64):
+        raise ValueError(
+            f"`tokens` must be torch.int64 of shape [{batch}, P], got {tokens.dtype} of shape {list(tokens.shape)}."
+        )
     given = (roots, root_positions, limits, lengths, window_lengths, counts, tokens)
     if uses_triton(roots):
         from .fused_state_kernel import advance_triton
@@ -113,24 +113,26 @@ def rotary_rows(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    expect(
-        cos_table.dim() == 2 and cos_table.is_contiguous(),
-        f"`cos_table` must be [N, R] and contiguous, got shape {list(cos_table.shape)} and strides "
-        f"{list(cos_table.stride())}.",
-    )
-    alike = sin_table.shape == cos_table.shape and sin_table.dtype == cos_table.dtype and sin_table.is_contiguous()
-    expect(
-        alike,
-        f"`sin_table` must be {cos_table.dtype} of shape {list(cos_table.shape)} and contiguous like `cos_table`, got "
-        f"{sin_table.dtype} of shape {list(sin_table.shape)} and strides {list(sin_table.stride())}.",
-    )
-    for name, tensor in (("root_positions", root_positions), ("limits", limits)):
-        expect(
-            tensor.dim() == 2 and tensor.shape == (root_positions.shape[0], 1) and tensor.dtype == torch.int64,
-            f"`{name}` must be torch.int64 of shape [B, 1], the same for both, got {tensor.dtype} of shape "
-            f"{list(tensor.shape)}.",
+    if not (cos_table.dim() == 2 and cos_table.is_contiguous()):
+        raise ValueError(
+            f"`cos_table` must be [N, R] and contiguous, got shape {list(cos_table.shape)} and strides "
+            f"{list(cos_table.stride())}."
         )
-    expect(steps >= 1, f"`steps` must be at least 1, got {steps}.")
+    alike = sin_table.shape == cos_table.shape and sin_table.dtype == cos_table.dtype and sin_table.is_contiguous()
+    if not alike:
+        raise ValueError(
+            f"`sin_table` must be {cos_table.dtype} of shape {list(cos_table.shape)} and contiguous like "
+            f"`cos_table`, got {sin_table.dtype} of shape {list(sin_table.shape)} and strides "
+            f"{list(sin_table.stride())}."
+        )
+    for name, tensor in (("root_positions", root_positions), ("limits", limits)):
+        if not (tensor.dim() == 2 and tensor.shape == (root_positions.shape[0], 1) and tensor.dtype == torch.int64):
+            raise ValueError(
+                f"`{name}` must be torch.int64 of shape [B, 1], the same for both, got {tensor.dtype} of shape "
+                f"{list(tensor.shape)}."
+            )
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}.")
     given = (cos_table, sin_table, first, root_positions, limits, steps)
     if uses_triton(cos_table):
         from .fused_state_kernel import rotary_rows_triton

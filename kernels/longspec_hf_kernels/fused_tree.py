@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .backends import uses_triton
 from .masks import pack_ancestor_bits
 from .triton_configs import triton_version
-from .validation import FLOAT_DTYPES, expect
+from .validation import FLOAT_DTYPES
 
 # What one program of the kernel compares with one another, and the nodes it packs into two words of bits.
 MAX_CANDIDATES = 256
@@ -201,17 +201,20 @@ def merge_tree(
     batch, count = root.shape[0], sum(widths)
     for name, tensor, columns in (("root", root, 1), ("tokens", tokens, count), ("parents", parents, count)):
         _expect_int64(name, tensor, [batch, columns])
-    expect(branch.dim() == 2, f"`branch` must be [{batch}, L], got {branch.dim()} dimensions.")
+    if branch.dim() != 2:
+        raise ValueError(f"`branch` must be [{batch}, L], got {branch.dim()} dimensions.")
     _expect_int64("branch", branch, [batch, branch.shape[1]])
     if limits is not None:
         _expect_int64("limits", limits, [batch, 1])
-    expect(
-        scores.shape == tokens.shape and scores.dtype in FLOAT_DTYPES,
-        f"`scores` must be floats of shape {list(tokens.shape)} like `tokens`, got {scores.dtype} of shape "
-        f"{list(scores.shape)}.",
-    )
-    expect(max_nodes >= 1, f"`max_nodes` must be at least 1, the root, got {max_nodes}.")
-    expect(depth >= 0, f"`depth` must not be negative, got {depth}.")
+    if not (scores.shape == tokens.shape and scores.dtype in FLOAT_DTYPES):
+        raise ValueError(
+            f"`scores` must be floats of shape {list(tokens.shape)} like `tokens`, got {scores.dtype} of shape "
+            f"{list(scores.shape)}."
+        )
+    if max_nodes < 1:
+        raise ValueError(f"`max_nodes` must be at least 1, the root, got {max_nodes}.")
+    if depth < 0:
+        raise ValueError(f"`depth` must not be negative, got {depth}.")
     if uses_triton(scores) and _kernel_fits(1 + count + branch.shape[1], max_nodes):
         from .fused_tree_kernel import merge_tree_triton
 
@@ -225,7 +228,5 @@ def _kernel_fits(candidates: int, max_nodes: int) -> bool:
 
 
 def _expect_int64(name: str, tensor: torch.Tensor, shape: list[int]) -> None:
-    expect(
-        list(tensor.shape) == shape and tensor.dtype == torch.int64,
-        f"`{name}` must be int64 of shape {shape}, got {tensor.dtype} of shape {list(tensor.shape)}.",
-    )
+    if not (list(tensor.shape) == shape and tensor.dtype == torch.int64):
+        raise ValueError(f"`{name}` must be int64 of shape {shape}, got {tensor.dtype} of shape {list(tensor.shape)}.")

@@ -3,7 +3,7 @@
 import torch
 
 from .backends import uses_triton
-from .validation import FLOAT_DTYPES, expect
+from .validation import FLOAT_DTYPES
 
 # Nodes that one program of the kernel holds.
 MAX_NODES = 1024
@@ -58,17 +58,18 @@ def greedy_walk(
         ("parents", parents, torch.int64),
         ("valid", valid, torch.bool),
     ):
-        expect(
-            tensor.dim() == 2 and tensor.shape == token_ids.shape and tensor.dtype == dtype,
-            f"`{name}` must be {dtype} of shape {list(token_ids.shape)}, [B, T], got {tensor.dtype} of shape "
-            f"{list(tensor.shape)}.",
+        if not (tensor.dim() == 2 and tensor.shape == token_ids.shape and tensor.dtype == dtype):
+            raise ValueError(
+                f"`{name}` must be {dtype} of shape {list(token_ids.shape)}, [B, T], got {tensor.dtype} of shape "
+                f"{list(tensor.shape)}."
+            )
+    if not (logits.dim() == 3 and logits.shape[:2] == token_ids.shape and logits.dtype in FLOAT_DTYPES):
+        raise ValueError(
+            f"`logits` must be floats of shape {[*token_ids.shape, 'V']} like `token_ids`, got {logits.dtype} of "
+            f"shape {list(logits.shape)}."
         )
-    expect(
-        logits.dim() == 3 and logits.shape[:2] == token_ids.shape and logits.dtype in FLOAT_DTYPES,
-        f"`logits` must be floats of shape {[*token_ids.shape, 'V']} like `token_ids`, got {logits.dtype} of shape "
-        f"{list(logits.shape)}.",
-    )
-    expect(most >= 1, f"`most` must be at least 1, the root, got {most}.")
+    if most < 1:
+        raise ValueError(f"`most` must be at least 1, the root, got {most}.")
     if uses_triton(logits) and token_ids.shape[1] <= MAX_NODES and logits.stride(-1) == 1:
         from .fused_walk_kernel import greedy_walk_triton
 
