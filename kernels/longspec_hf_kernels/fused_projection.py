@@ -11,13 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from .backends import uses_triton
-from .fused_rotary import (
-    rotate_and_store_torch,
-    rotate_torch,
-    validate_rotation,
-    validate_store,
-)
+from .fused_rotary import rotate_and_store_torch, rotate_torch
 from .linear_configs import LinearConfig, choose_linear, is_for_few_rows
+from .rotary_validation import validate_head_norm, validate_store, validate_tables
 from .triton_configs import device_limits
 
 
@@ -65,8 +61,8 @@ def project_rotate(
         ValueError: a shape or dtype does not fit.
     """
     _validate_projection(x, weight, bias, head_dim, "weight", "bias")
-    like = x.new_empty(*x.shape[:2], weight.shape[0], device="meta")
-    validate_rotation(like, cos, sin, head_dim, query_norm, "query_norm")
+    validate_tables(cos, sin, (x.shape[0], x.shape[1]), x.dtype, head_dim)
+    validate_head_norm(query_norm, "query_norm", x.dtype, head_dim)
     options: dict[str, Any] = {"head_dim": head_dim, "query_norm": query_norm, "eps": eps}
     if not projections_fit(x, weight):
         return project_rotate_torch(x, weight, bias, cos, sin, **options)
@@ -125,11 +121,11 @@ def project_rotate_and_store(
     key, value = weights[1:]
     if value.shape != key.shape:
         raise ValueError(f"`weights[2]` must be {list(key.shape)} like `weights[1]`, got {list(value.shape)}.")
-    queries, keys, values = (x.new_empty(*x.shape[:2], weight.shape[0], device="meta") for weight in weights)
-    validate_store(
-        queries, keys, values, cos, sin, key_buffer, value_buffer, first_rows,
-        head_dim=head_dim, offset=offset, query_norm=query_norm, key_norm=key_norm,
-    )  # fmt: skip
+    validate_tables(cos, sin, (x.shape[0], x.shape[1]), x.dtype, head_dim)
+    for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+        validate_head_norm(norm, name, x.dtype, head_dim)
+    kv_heads = key.shape[0] // head_dim
+    validate_store(key_buffer, value_buffer, first_rows, offset, x.shape[0], kv_heads, head_dim, x.dtype)
     rest = (cos, sin, key_buffer, value_buffer, first_rows)
     if not projections_fit(x, *weights):
         options: dict[str, Any] = {"query_norm": query_norm, "key_norm": key_norm, "eps": eps}

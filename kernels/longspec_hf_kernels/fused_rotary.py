@@ -6,7 +6,7 @@ import torch
 
 from .backends import uses_triton
 from .fused_norm import rms_norm_torch
-from .validation import INT_DTYPES
+from .rotary_validation import validate_head_norm, validate_heads, validate_store, validate_tables
 
 
 def rotate_torch(
@@ -81,7 +81,8 @@ def rotate(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
+    validate_tables(cos, sin, validate_heads(query, head_dim, "query"), query.dtype, head_dim)
+    validate_head_norm(query_norm, "query_norm", query.dtype, head_dim)
     if uses_triton(query):
         from .fused_rotary_kernel import rotate_triton
 
@@ -120,10 +121,19 @@ def rotate_and_store(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    validate_store(
-        query, key, value, cos, sin, key_buffer, value_buffer, first_rows,
-        head_dim=head_dim, offset=offset, query_norm=query_norm, key_norm=key_norm,
-    )  # fmt: skip
+    shape = validate_heads(query, head_dim, "query")
+    for name, tensor in (("key", key), ("value", value)):
+        validate_heads(tensor, head_dim, name)
+        if not (tensor.shape == key.shape and tensor.shape[:2] == shape and tensor.dtype == query.dtype):
+            raise ValueError(
+                f"`{name}` must be {query.dtype} of shape {[*shape, key.shape[-1]]} like `query` and `key`, got "
+                f"{tensor.dtype} of shape {list(tensor.shape)}."
+            )
+    validate_tables(cos, sin, shape, query.dtype, head_dim)
+    for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+        validate_head_norm(norm, name, query.dtype, head_dim)
+    kv_heads = key.shape[-1] // head_dim
+    validate_store(key_buffer, value_buffer, first_rows, offset, shape[0], kv_heads, head_dim, query.dtype)
     buffers = (key_buffer, value_buffer, first_rows)
     options: dict[str, Any] = {"query_norm": query_norm, "key_norm": key_norm, "eps": eps}
     if uses_triton(query):
@@ -133,88 +143,3 @@ def rotate_and_store(
             query, key, value, cos, sin, *buffers, head_dim=head_dim, offset=offset, **options
         )
     return rotate_and_store_torch(query, key, value, cos, sin, *buffers, head_dim=head_dim, offset=offset, **options)
-
-
-def validate_store(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    key_buffer: torch.Tensor,
-    value_buffer: torch.Tensor,
-    first_rows: torch.Tensor,
-    *,
-    head_dim: int,
-    offset: int,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
-) -> None:
-    """Check the arguments of `rotate_and_store`.
-
-    Raises:
-        ValueError: a shape or dtype does not fit.
-    """
-    validate_rotation(query, cos, sin, head_dim, query_norm, "query_norm")
-    batch, heads = key.shape[0], key.shape[-1] // head_dim
-    for name, tensor in (("key", key), ("value", value)):
-        if not (tensor.shape == key.shape and tensor.dtype == query.dtype and tensor.stride(-1) == 1):
-            raise ValueError(
-                f"`{name}` must be {query.dtype} of shape {list(key.shape)} with a contiguous last dimension, got "
-                f"{tensor.dtype} of shape {list(tensor.shape)} and strides {list(tensor.stride())}."
-            )
-    validate_rotation(key, cos, sin, head_dim, key_norm, "key_norm", name="key")
-    for name, buffer in (("key_buffer", key_buffer), ("value_buffer", value_buffer)):
-        fits = buffer.dim() == 4 and buffer.shape[0] >= batch and tuple(buffer.shape[1::2]) == (heads, head_dim)
-        if not (fits and buffer.dtype == query.dtype and buffer.stride(-1) == 1):
-            raise ValueError(
-                f"`{name}` must be {query.dtype} of shape [{batch} or more, {heads}, capacity, {head_dim}] with a "
-                f"contiguous last dimension, got {buffer.dtype} of shape {list(buffer.shape)} and strides "
-                f"{list(buffer.stride())}."
-            )
-    if value_buffer.shape[2] != key_buffer.shape[2]:
-        raise ValueError(
-            f"`value_buffer` must have the capacity of `key_buffer`, {key_buffer.shape[2]}, got "
-            f"{value_buffer.shape[2]}."
-        )
-    if not (tuple(first_rows.shape) == (batch,) and first_rows.dtype in INT_DTYPES):
-        raise ValueError(
-            f"`first_rows` must be int32 or int64 of shape [{batch}], got {first_rows.dtype} of shape "
-            f"{list(first_rows.shape)}."
-        )
-    if offset < 0:
-        raise ValueError(f"`offset` must not be negative, got {offset}.")
-
-
-def validate_rotation(
-    query: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    head_dim: int,
-    norm: torch.Tensor | None,
-    norm_name: str,
-    name: str = "query",
-) -> None:
-    """Check the arguments of `rotate`; `name` is what is rotated.
-
-    Raises:
-        ValueError: a shape or dtype does not fit.
-    """
-    fits = query.dim() == 3 and query.shape[-1] % head_dim == 0 and query.stride(-1) == 1
-    if not fits:
-        raise ValueError(
-            f"`{name}` must be [B, T, heads * {head_dim}] with a contiguous last dimension, got shape "
-            f"{list(query.shape)} and strides {list(query.stride())}."
-        )
-    batch, nodes = query.shape[:2]
-    for label, table in (("cos", cos), ("sin", sin)):
-        fits = table.dim() == 3 and tuple(table.shape[:2]) == (batch, nodes) and table.shape == cos.shape
-        if not (fits and table.shape[-1] % 2 == 0 and table.shape[-1] <= head_dim and table.dtype == query.dtype):
-            raise ValueError(
-                f"`{label}` must be {query.dtype} of shape [{batch}, {nodes}, R] with an even R of at most "
-                f"{head_dim}, got {table.dtype} of shape {list(table.shape)}."
-            )
-    if norm is not None and not (tuple(norm.shape) == (head_dim,) and norm.dtype == query.dtype):
-        raise ValueError(
-            f"`{norm_name}` must be {query.dtype} of shape [{head_dim}], got {norm.dtype} of shape {list(norm.shape)}."
-        )
