@@ -46,6 +46,25 @@ def test_the_next_beam_is_drafted_while_the_host_looks_at_the_tokens(sample, mon
     assert taus[0] == taus[1]
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+def test_a_window_shorter_than_a_path_leaves_no_room_for_a_beam_ahead(window, monkeypatch):
+    """Behind it are the rows of one tree, and a round may fill them with what it commits: the next beam waits."""
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(3, seed=5)
+    plain = call(model, ids).sequences
+    ahead, draft_ahead = [], Engine._draft_ahead
+
+    def watched(self, settings):
+        draft_ahead(self, settings)
+        ahead.append(self._ahead is not None)
+
+    monkeypatch.setattr(Engine, "_draft_ahead", watched)
+    tree = {"tree_shape": [2, 4, 4], "max_tree_nodes": 3, "ngram_branch_length": 0}
+    draft = ScriptedDraft(model, plain, "oracle", sliding_window=window, fallback_to_plain=False, **tree)
+    assert torch.equal(call(model, ids, draft).sequences, plain)
+    assert set(ahead) == {window >= 3}
+
+
 def test_greedy_rounds_leave_the_ids_on_the_host(monkeypatch):
     """A copy to the device would wait for the beam it drafts."""
     asked, ids_of = [0], TextBuffer.ids.fget

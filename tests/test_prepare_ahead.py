@@ -8,7 +8,7 @@ from models import learned, prompt, tiny_target
 from longspec_hf.candidate_generator import LongSpecCandidateGenerator
 from longspec_hf.engine import Engine
 from longspec_hf.engine.host_copies import HostCopies
-from longspec_hf.hook import _Runner
+from longspec_hf.hook import CACHE_ARG, _Runner
 from longspec_hf.text import TokenDrawer
 
 pytestmark = pytest.mark.usefixtures("engine_on_cpu")
@@ -87,7 +87,7 @@ def test_a_prefill_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     ids = prompt(60, seed=5)
     draft = learned(model)
     turn = call(model, ids[:, :40], draft, max_new_tokens=4)
-    cache = turn.past_key_values if "past_key_values" in turn else turn.cache
+    cache = turn[CACHE_ARG]
     before = cache.get_seq_length()
 
     def fails(self):
@@ -96,5 +96,5 @@ def test_a_prefill_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_Runner, "prefill", fails)
         with pytest.raises(RuntimeError, match="on purpose"):
-            call(model, torch.cat([turn.sequences, ids], 1), draft, past_key_values=cache)
+            call(model, torch.cat([turn.sequences, ids], 1), draft, **{CACHE_ARG: cache})
     assert cache.get_seq_length() == before

@@ -146,8 +146,7 @@ class Engine:
         state = self.state
         if self._ahead != settings:
             self._drop_ahead()
-        rows = min(settings.max_nodes, settings.longest_path)
-        if self.generator.window.make_room(state.sequences, rows):
+        if self.generator.window.make_room(state.sequences, settings.longest_path):
             state.window_lengths.copy_(self.generator.window.lengths[: state.sequences])
         lengths = self.cache.row_lengths[: state.sequences]
         if max(lengths) + settings.max_nodes > self._room:
@@ -295,7 +294,11 @@ class Engine:
 
     def _draft_ahead(self, settings: TreeSettings) -> None:
         """Have the next round's beam drafted, from what this one has committed: mostly it has the same settings."""
-        if self.device.type in DRAFTS_AHEAD and settings.depth and self._captured("beam", settings).replays:
+        if self.device.type not in DRAFTS_AHEAD or not settings.depth:
+            return
+        # Nobody knows yet how much was committed. More than a window may leave no room for the beam's rows behind it.
+        fits = settings.longest_path <= self.generator.window.window
+        if fits and self._captured("beam", settings).replays:
             self._run("beam", settings)
             self._ahead = settings
 
