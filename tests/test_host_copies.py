@@ -1,5 +1,7 @@
 """Copies that wait for nothing but themselves: their order, without a GPU; `test_engine_gpu.py` has real ones."""
 
+from types import SimpleNamespace
+
 import torch
 
 from longspec_hf.engine.host_copies import HostCopies
@@ -11,6 +13,17 @@ def test_on_a_cpu_they_are_copies():
     read = copies.fetch(target)
     target.zero_()
     assert read() == [[1, 2, 3], [4, 5, 6]]
+    tensor = copies.tensor([[1, 2], [3, 4]])
+    assert tensor.dtype == torch.int64 and tensor.tolist() == [[1, 2], [3, 4]]
+    assert not copies.device_is_busy()
+
+
+def test_a_device_is_busy_until_its_current_stream_is_done(monkeypatch):
+    answers = iter([False, True])
+    streams = {torch.device("cuda", 1): SimpleNamespace(query=lambda: next(answers))}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    copies = HostCopies(torch.device("cuda", 1))
+    assert copies.device_is_busy() and not copies.device_is_busy()
 
 
 def test_events_are_recorded_on_the_stream_of_the_tensors_device(monkeypatch):
