@@ -246,6 +246,7 @@ ROWS = (torch.tensor([1]), torch.tensor([[0, 1]]), torch.tensor([1]))
         ("key", lambda: rotate_and_store(**ROTARY | {"key": ROTARY["key"][:1]})),
         ("value", lambda: rotate_and_store(**ROTARY | {"value": ROTARY["query"]})),
         ("cos", lambda: rotate_and_store(**ROTARY | {"cos": ROTARY["cos"][..., :5]})),
+        ("cos", lambda: rotate_and_store(**ROTARY | {name: ROTARY[name][:, :-1] for name in ("cos", "sin")})),
         ("sin", lambda: rotate_and_store(**ROTARY | {"sin": ROTARY["sin"][..., :8]})),
         ("key_buffer", lambda: rotate_and_store(**ROTARY | {"key_buffer": ROTARY["key_buffer"][:1]})),
         ("value_buffer", lambda: rotate_and_store(**ROTARY | {"value_buffer": ROTARY["value_buffer"][:, :, 1:]})),

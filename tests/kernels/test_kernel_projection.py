@@ -103,6 +103,8 @@ def test_bad_arguments_are_named(name):
         ("weight", {"weight": CASE["weights"][0].half()}),
         ("bias", {"bias": torch.zeros(3)}),
         ("sin", {"sin": CASE["sin"][:1]}),
+        ("cos", {name: CASE[name][:, :-1] for name in ("cos", "sin")}),
+        ("query_norm", {"query_norm": torch.zeros(3)}),
     ],
 )
 def test_bad_arguments_of_queries_are_named(name, given):
