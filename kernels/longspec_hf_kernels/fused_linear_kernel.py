@@ -96,8 +96,9 @@ def few_rows_kernel(
 ):  # fmt: skip
     """Grid: (blocks of output columns, splits of the depth).
 
-    Writes split s of a plain product to `out[s]`; a gated one has one split. Weights are given twice: as what tiles
-    are loaded by, and as tensors.
+    Writes split s of a plain product to `out[s]`; a gated one has one split. The next kernel reads that, so it is to
+    stay in the L2 cache, which weights stream through. Weights are given twice: as what tiles are loaded by, and as
+    tensors.
     """
     column = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
@@ -115,9 +116,11 @@ def few_rows_kernel(
     if GATED:
         gate = product.to(dtype).to(tl.float32)
         opened = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        tl.store(out + at, (opened * second.to(dtype).to(tl.float32)).to(dtype), mask=mask)
+        result = (opened * second.to(dtype).to(tl.float32)).to(dtype)
+        tl.store(out + at, result, mask=mask, eviction_policy="evict_last")
     else:
-        tl.store(out + split.to(tl.int64) * rows * COLUMNS + at, product.to(dtype), mask=mask)
+        out += split.to(tl.int64) * rows * COLUMNS
+        tl.store(out + at, product.to(dtype), mask=mask, eviction_policy="evict_last")
 
 
 def operands_of(x: torch.Tensor, weights: list[torch.Tensor | None], config: LinearConfig) -> tuple[list[Any], bool]:

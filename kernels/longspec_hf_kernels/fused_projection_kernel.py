@@ -44,7 +44,8 @@ def joined_rows_kernel(
     n = column + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     at = (split.to(tl.int64) * rows + m[None, :]) * width + place + n[:, None]
-    tl.store(out + at, product, mask=(n < columns)[:, None] & (m < rows)[None, :])
+    mask = (n < columns)[:, None] & (m < rows)[None, :]
+    tl.store(out + at, product, mask=mask, eviction_policy="evict_last")  # as in `few_rows_kernel`
 
 
 def joined_triton(x: torch.Tensor, weights: Sequence[torch.Tensor], config: LinearConfig) -> torch.Tensor:

@@ -257,11 +257,12 @@ def _attend(q_tile, rings, job, partial_out, partial_lse, ancestor_bits, sequenc
     heads = kv_heads * GROUP
     slots = (sequence * nodes + rows // GROUP) * heads + kv_head * GROUP + rows % GROUP
     slots = slots.to(gl.int64) * num_splits + split
-    gl.store(partial_lse + slots, lse, mask=row_ok)
+    gl.store(partial_lse + slots, lse, mask=row_ok, eviction_policy="evict_last")
     dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, acc_layout))
     slots = gl.convert_layout(slots, gl.SliceLayout(1, acc_layout))
     kept = gl.convert_layout(row_ok & (lse > float("-inf")), gl.SliceLayout(1, acc_layout))
-    gl.store(partial_out + (slots * HEAD_DIM)[:, None] + dims[None, :], acc, mask=kept[:, None])
+    places = (slots * HEAD_DIM)[:, None] + dims[None, :]
+    gl.store(partial_out + places, acc, mask=kept[:, None], eviction_policy="evict_last")
 
 
 @gluon.jit(do_not_specialize=["nodes", "capacity", "num_splits", "min_tiles", "num_words", "num_tree_keys"])

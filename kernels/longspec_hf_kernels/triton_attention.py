@@ -28,14 +28,16 @@ from .triton_kernels import combine_splits_kernel, split_attention_kernel
 
 # K/V rows per masked tile at most: the kernel unpacks 32 ancestor bits at a time.
 EDGE_BLOCK = 32
+# Clear tiles that take as long as a masked one, which waits for its own loads where theirs run ahead.
+EDGE_WEIGHT = 3
 
 
 @dataclass
 class SplitPlan:
     """One launch of the split kernel: its tile, the splits its shares count and those it launches.
 
-    `early`: the split kernel is brought in while its predecessor runs; `dependent`: the reduction is while
-    the split kernel does.
+    `edge_weight`: clear tiles that a masked one counts for; `min_tiles`: of a split, so counted. `early`: the
+    split kernel is brought in while its predecessor runs; `dependent`: the reduction is while the split kernel does.
     """
 
     tile: TileConfig
@@ -43,6 +45,7 @@ class SplitPlan:
     planned: int
     launched: int
     min_tiles: int
+    edge_weight: int
     early: bool
     dependent: bool
 
@@ -70,15 +73,16 @@ def plan_splits(
     if given is None and not short and prefers_long_tile(rows, head_dim, query.dtype, planned, limits):
         tile = LONG_TILE
     min_tiles = 1 if splits or short else min_split_tiles(tile)
+    edge_weight = EDGE_WEIGHT if window is None else 1  # under a window all tiles are masked
     # Splits that no length could fill are not launched; the shares, and so the bits, stay the same.
-    most_tiles = capacity // tile.block_n + -(-(tile.block_n + tree_keys) // EDGE_BLOCK)
+    most_tiles = capacity // tile.block_n + edge_weight * -(-(tile.block_n + tree_keys) // EDGE_BLOCK)
     if short:
         most_tiles = -(-seen // EDGE_BLOCK)
     launched = min(planned, max(1, -(-most_tiles // min_tiles)))
     options = options or choose_launch(tile, planned)
     early = options.early_splits and limits.dependent_launch
     dependent = limits.dependent_launch and (options.early_hopper if hopper else launched > 1)
-    return SplitPlan(tile, options, planned, launched, min_tiles, early, dependent)
+    return SplitPlan(tile, options, planned, launched, min_tiles, edge_weight, early, dependent)
 
 
 def hybrid_tree_attention_triton(
@@ -219,7 +223,7 @@ def launch_splits(
     Args:
         out: `[B, Hq, T, D]`, written with `direct` (one split).
         partial_out, partial_lse: fp32 `[B, T, Hq, splits, D]` and `[B, T, Hq, splits]` (base 2), written
-            otherwise; the rows of an empty split stay unwritten and its log-sum-exp is `-inf`.
+            otherwise; the rows of an empty split may stay unwritten and its log-sum-exp is `-inf`.
 
     Others as in `hybrid_tree_attention_reference`.
     """
@@ -261,6 +265,7 @@ def launch_splits(
         EDGE_BLOCK=min(EDGE_BLOCK, tile.block_n),
         STAGES=tile.num_stages,
         EDGE_STAGES=plan.options.edge_stages,
+        EDGE_WEIGHT=plan.edge_weight,
         HAS_TREE=ancestor_bits is not None,
         HAS_STARTS=starts is not None,
         HAS_SINKS=sinks is not None,

@@ -5,7 +5,8 @@ head are packed with the nodes into the rows of a tile, `row = node * GROUP + he
 K/V byte is read once per K/V head and tile of rows. The work of one (sequence, K/V head, row tile) is
 a list of K/V tiles cut into equal splits: first the clear tiles, prefix rows that every node sees, and
 last the edge tiles, with a mask: the rest of the prefix and the tree rows behind it. Under a window
-every tile is an edge tile.
+every tile is an edge tile. An edge tile waits for its loads, so it counts as several clear ones.
+Partial results are read by the next kernel and dead after it: kept in the L2 cache they never go to memory.
 Scores are kept in base 2: `exp(x) = exp2(x * log2(e))`.
 """
 
@@ -84,9 +85,9 @@ def split_attention_kernel(
     score_scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    EDGE_STAGES: tl.constexpr, HAS_TREE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
-    WAIT: tl.constexpr, RELEASE: tl.constexpr,
+    EDGE_STAGES: tl.constexpr, EDGE_WEIGHT: tl.constexpr, HAS_TREE: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row tile of one K/V head over one split of its K/V tiles.
 
@@ -125,11 +126,14 @@ def split_attention_kernel(
     if not WINDOW:
         clear_tiles = (prefix - first_row) // BLOCK_N
     edge_row = first_row + clear_tiles * BLOCK_N
-    work = clear_tiles + (prefix + num_tree_keys - edge_row + EDGE_BLOCK - 1) // EDGE_BLOCK
+    edge_tiles = (prefix + num_tree_keys - edge_row + EDGE_BLOCK - 1) // EDGE_BLOCK
+    work = clear_tiles + edge_tiles * EDGE_WEIGHT
     # Even shares of no fewer tiles than `min_tiles`; what divides unevenly comes last, where the tiles are small.
     filled = tl.maximum(tl.minimum(work // min_tiles, num_splits), 1)
     begin = tl.minimum(split, filled) * work // filled
     end = tl.minimum(split + 1, filled) * work // filled
+    first_edge = (tl.maximum(begin - clear_tiles, 0) + EDGE_WEIGHT - 1) // EDGE_WEIGHT
+    last_edge = (tl.maximum(end - clear_tiles, 0) + EDGE_WEIGHT - 1) // EDGE_WEIGHT
 
     q = tl.load(
         query + sequence_wide * stride_qb
@@ -155,8 +159,8 @@ def split_attention_kernel(
                 q, k, v, acc, top, total, True, score_scale, softcap, False, SOFTCAP, PRECISION
             )
     edge_rows = tl.arange(0, EDGE_BLOCK)
-    for tile in tl.range(tl.maximum(begin, clear_tiles), end, num_stages=EDGE_STAGES):
-        start = edge_row + (tile - clear_tiles) * EDGE_BLOCK
+    for tile in tl.range(first_edge, last_edge, num_stages=EDGE_STAGES):
+        start = edge_row + tile * EDGE_BLOCK
         row = start + edge_rows
         row_exists = row < tl.minimum(prefix + num_tree_keys, capacity)
         start_wide = start.to(tl.int64)
@@ -199,9 +203,11 @@ def split_attention_kernel(
     else:
         # Partials: [sequence, node, head, split, HEAD_DIM]; an empty split leaves its rows unwritten.
         slot = ((sequence_wide * nodes + node) * (kv_heads * GROUP) + head) * num_splits + split
-        tl.store(partial_lse + slot, lse, mask=row_ok)
+        tl.store(partial_lse + slot, lse, mask=row_ok, eviction_policy="evict_last")
         if end > begin:
-            tl.store(partial_out + slot[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+            tl.store(
+                partial_out + slot[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask, eviction_policy="evict_last"
+            )
 
 
 @triton.jit(do_not_specialize=["nodes", "heads", "num_splits"])

@@ -62,6 +62,14 @@ def test_windows_that_reach_far_before_the_tree(tree_keys):
     assert relative_error(out, case.expected()) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("splits", [2, 3, 5, 8, 13])
+@pytest.mark.parametrize("window", [None, 40])
+def test_masked_tiles_go_to_one_split_each(window, splits):
+    """A masked tile counts as several clear ones, so that a split may end within it; some splits get none."""
+    case = make_case(prefixes=[0, 40, 200], nodes=5, tree_keys=100, kv_heads=1, head_dim=16, window=window)
+    assert case.error(hybrid_tree_attention_triton, tile=SMALL, splits=splits) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_softcap_and_sinks(splits):
     case = make_case(prefixes=[90, 0], softcap=3.0, sinks=True, strided=True)
