@@ -45,9 +45,10 @@ def replays(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
-def test_captured_equals_uncaptured(dtype, sample, replays, monkeypatch):
+@pytest.mark.parametrize(("window", "ahead"), [(64, 1), (16, 0)], ids=["beams ahead", "paths beyond the window"])
+def test_captured_equals_uncaptured(window, ahead, dtype, sample, replays, monkeypatch):
     model = tiny_target(dtype=dtype, initializer_range=0.1, **SIZES).cuda()
-    draft = learned(model)
+    draft = learned(model, sliding_window=window)
     for length in (3, 40, 700):
         ids = prompt(length, seed=length).cuda()
         texts = []
@@ -61,9 +62,9 @@ def test_captured_equals_uncaptured(dtype, sample, replays, monkeypatch):
             rounds = out.speculation_stats.rounds
             parts = 3 if sample else 2
             # The draft's very first round compiles kernels; later calls are captured at once. The last round is
-            # followed by a beam for a next one.
+            # followed by a beam for a next one, where beams are drafted ahead.
             replayed = rounds - 1 if length == 3 else rounds
-            assert replays[0] - before == (parts * replayed + 1 if captured else 0)
+            assert replays[0] - before == (parts * replayed + ahead if captured else 0)
             texts.append(out.sequences)
         assert torch.equal(*texts)
 
