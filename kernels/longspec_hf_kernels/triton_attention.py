@@ -28,16 +28,14 @@ from .triton_kernels import combine_splits_kernel, split_attention_kernel
 
 # K/V rows per masked tile at most: the kernel unpacks 32 ancestor bits at a time.
 EDGE_BLOCK = 32
-# Clear tiles that take as long as a masked one, which waits for its own loads where theirs run ahead.
-EDGE_WEIGHT = 3
 
 
 @dataclass
 class SplitPlan:
     """One launch of the split kernel: its tile, the splits its shares count and those it launches.
 
-    `edge_weight`: clear tiles that a masked one counts for; `min_tiles`: of a split, so counted. `early`: the
-    split kernel is brought in while its predecessor runs; `dependent`: the reduction is while the split kernel does.
+    `early`: the split kernel is brought in while its predecessor runs; `dependent`: the reduction is while
+    the split kernel does.
     """
 
     tile: TileConfig
@@ -45,7 +43,6 @@ class SplitPlan:
     planned: int
     launched: int
     min_tiles: int
-    edge_weight: int
     early: bool
     dependent: bool
 
@@ -73,16 +70,15 @@ def plan_splits(
     if given is None and not short and prefers_long_tile(rows, head_dim, query.dtype, planned, limits):
         tile = LONG_TILE
     min_tiles = 1 if splits or short else min_split_tiles(tile)
-    edge_weight = EDGE_WEIGHT if window is None else 1  # under a window all tiles are masked
     # Splits that no length could fill are not launched; the shares, and so the bits, stay the same.
-    most_tiles = capacity // tile.block_n + edge_weight * -(-(tile.block_n + tree_keys) // EDGE_BLOCK)
+    most_tiles = capacity // tile.block_n + -(-(tile.block_n + tree_keys) // EDGE_BLOCK)
     if short:
         most_tiles = -(-seen // EDGE_BLOCK)
     launched = min(planned, max(1, -(-most_tiles // min_tiles)))
     options = options or choose_launch(tile, planned)
     early = options.early_splits and limits.dependent_launch
     dependent = limits.dependent_launch and (options.early_hopper if hopper else launched > 1)
-    return SplitPlan(tile, options, planned, launched, min_tiles, edge_weight, early, dependent)
+    return SplitPlan(tile, options, planned, launched, min_tiles, early, dependent)
 
 
 def hybrid_tree_attention_triton(
@@ -265,7 +261,6 @@ def launch_splits(
         EDGE_BLOCK=min(EDGE_BLOCK, tile.block_n),
         STAGES=tile.num_stages,
         EDGE_STAGES=plan.options.edge_stages,
-        EDGE_WEIGHT=plan.edge_weight,
         HAS_TREE=ancestor_bits is not None,
         HAS_STARTS=starts is not None,
         HAS_SINKS=sinks is not None,

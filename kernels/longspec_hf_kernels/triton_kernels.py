@@ -5,7 +5,7 @@ head are packed with the nodes into the rows of a tile, `row = node * GROUP + he
 K/V byte is read once per K/V head and tile of rows. The work of one (sequence, K/V head, row tile) is
 a list of K/V tiles cut into equal splits: first the clear tiles, prefix rows that every node sees, and
 last the edge tiles, with a mask: the rest of the prefix and the tree rows behind it. Under a window
-every tile is an edge tile. An edge tile waits for its loads, so it counts as several clear ones.
+every tile is an edge tile.
 Partial results are read by the next kernel and dead after it: kept in the L2 cache they never go to memory.
 Scores are kept in base 2: `exp(x) = exp2(x * log2(e))`.
 """
@@ -16,6 +16,8 @@ import triton.language as tl
 from .early_launch import release_successor, wait_for_predecessor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Clear tiles that take about as long as an edge tile, which waits for its own loads where theirs run ahead.
+EDGE_WEIGHT = tl.constexpr(3)
 
 
 @triton.jit
@@ -85,9 +87,9 @@ def split_attention_kernel(
     score_scale, softcap, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    EDGE_STAGES: tl.constexpr, EDGE_WEIGHT: tl.constexpr, HAS_TREE: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr, WAIT: tl.constexpr, RELEASE: tl.constexpr,
+    EDGE_STAGES: tl.constexpr, HAS_TREE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    WAIT: tl.constexpr, RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row tile of one K/V head over one split of its K/V tiles.
 
@@ -127,13 +129,17 @@ def split_attention_kernel(
         clear_tiles = (prefix - first_row) // BLOCK_N
     edge_row = first_row + clear_tiles * BLOCK_N
     edge_tiles = (prefix + num_tree_keys - edge_row + EDGE_BLOCK - 1) // EDGE_BLOCK
-    work = clear_tiles + edge_tiles * EDGE_WEIGHT
     # Even shares of no fewer tiles than `min_tiles`; what divides unevenly comes last, where the tiles are small.
-    filled = tl.maximum(tl.minimum(work // min_tiles, num_splits), 1)
+    tiles = clear_tiles + edge_tiles
+    filled = tl.maximum(tl.minimum(tiles // min_tiles, num_splits), 1)
+    # An edge tile counts as several clear ones, as far as that makes no share larger.
+    spare = (tiles + filled - 1) // filled * filled - clear_tiles
+    edge_weight = tl.maximum(tl.minimum(spare // tl.maximum(edge_tiles, 1), EDGE_WEIGHT), 1)
+    work = clear_tiles + edge_tiles * edge_weight
     begin = tl.minimum(split, filled) * work // filled
     end = tl.minimum(split + 1, filled) * work // filled
-    first_edge = (tl.maximum(begin - clear_tiles, 0) + EDGE_WEIGHT - 1) // EDGE_WEIGHT
-    last_edge = (tl.maximum(end - clear_tiles, 0) + EDGE_WEIGHT - 1) // EDGE_WEIGHT
+    first_edge = (tl.maximum(begin - clear_tiles, 0) + edge_weight - 1) // edge_weight
+    last_edge = (tl.maximum(end - clear_tiles, 0) + edge_weight - 1) // edge_weight
 
     q = tl.load(
         query + sequence_wide * stride_qb

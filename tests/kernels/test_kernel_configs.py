@@ -105,16 +105,6 @@ def test_short_windows_have_small_tiles(monkeypatch, nodes, window, tree_keys, d
     assert triton_attention.plan_splits(query, key, tree_keys, given, None, window=window).tile == given
 
 
-def test_a_masked_tile_counts_as_several_clear_ones_where_there_are_clear_ones(monkeypatch):
-    triton_attention = pytest.importorskip("longspec_hf_kernels.triton_attention", reason="it launches Triton kernels")
-    monkeypatch.setattr(triton_attention, "device_limits", lambda _: DEVICES["H100"])
-    query, key = torch.zeros(1, 28, 16, 128, dtype=torch.half), torch.zeros(1, 4, 128, 128, dtype=torch.half)
-    plans = [triton_attention.plan_splits(query, key, 64, None, None, window=window) for window in (None, 4096)]
-    assert [plan.edge_weight for plan in plans] == [triton_attention.EDGE_WEIGHT, 1]
-    # Two clear tiles and at most four masked ones, which count as 12, two at least to a split; or four masked ones.
-    assert [(plan.launched, plan.min_tiles) for plan in plans] == [(7, 2), (4, 1)]
-
-
 @pytest.mark.parametrize("rows", [1, 16, 64, 128, 256])
 @pytest.mark.parametrize("splits", [1, 4, 16, 17, 33, 128])
 def test_calls_come_in_early_alone_on_a_multiprocessor_and_reduce_in_registers(rows, splits):
