@@ -3,7 +3,7 @@
 Tokenize sources and documents (here: an installed Python environment without the packages kept for evaluation)::
 
     python examples/generate_data.py tokenize --target embedded --output data/corpus.npy \
-        --paths "$(python -c 'import site; print(site.getsitepackages()[0])')" --exclude networkx jinja2
+        --paths "$(python -c 'import site; print(site.getsitepackages()[0])')" --exclude networkx jinja2 pandas
 
 Let the target continue prompts cut from those texts, half of them with an instruction around::
 

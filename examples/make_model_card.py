@@ -1,12 +1,13 @@
 """Write a draft's model card from what its runs recorded: training facts, tau tables and speed, nothing by hand.
 
     python examples/make_model_card.py --draft model_cards/longspec-smollm2-135m-instruct \
-        --run docs/benchmarks/training_run_{short,long,short_2,long_2,short_3,long_3}.json \
+        --run docs/benchmarks/training_run_{short,long,short_2,long_2,short_3,long_3,short_5,long_5}.json \
+        docs/benchmarks/training_run_{layer_6,short_6,long_6}.json \
         --tau docs/benchmarks/training_tau.csv docs/benchmarks/training_tau_lookup.csv
 
 `--run` is a JSON object with `facts`, as `LongSpecTrainer` writes to `training_facts.json`, and optionally `stage` and
-`data`; give several for several stages. `--tau` are CSV files of `examples/evaluate_tau.py measure`. The same command
-of an installed package is `longspec-hf card`.
+`data`; give several for several stages. `--tau` are CSV files of `examples/evaluate_tau.py measure`. The command of an
+installed package is `longspec-hf card`, which takes the draft without `--draft`.
 """
 
 from __future__ import annotations

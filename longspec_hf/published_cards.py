@@ -89,7 +89,7 @@ def make_published_card(draft: PublishedDraft, taus: Sequence[str | Path] = ()) 
 
 def _convert(draft: PublishedDraft) -> str:
     return (
-        "## Convert\n\nThe published file has another layout. Once:\n\n```bash\npip install longspec-hf\n"
+        "## Convert\n\nThe published file has another layout. Once:\n\n```bash\npip install longspec-hf accelerate\n"
         f"longspec-hf convert {draft.source} --target {draft.target} --output {draft.name}\n```"
     )
 

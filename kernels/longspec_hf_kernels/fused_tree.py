@@ -60,7 +60,7 @@ def merge_nodes(
     limits: torch.Tensor | None,
     max_nodes: int,
 ) -> TreeNodes:
-    """The nodes of `merge_tree`, in PyTorch."""
+    """The nodes of `merge_tree`, `[B, max_nodes]` each, in PyTorch; arguments as there."""
     batch, count = tokens.shape
     length = branch.shape[1]
     device = root.device
@@ -85,7 +85,7 @@ def merge_nodes(
 
 
 def level_depths(tokens: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-    """`[B, N]` depth of each node of the beam, 1 for the root's children."""
+    """`[B, N]` depth of each node of a beam `tokens` `[B, N]` with levels of these widths, 1 for the root's children."""
     levels = tokens.split(widths, dim=1) if widths else (tokens,)
     return torch.cat([torch.full_like(ids, depth) for depth, ids in enumerate(levels, 1)], dim=1)
 
@@ -137,7 +137,7 @@ def ancestor_matrix(parents: torch.Tensor, valid: torch.Tensor, depth: int | Non
     """Boolean `[B, T, T]`: entry (i, j) says that node j is node i or an ancestor of it.
 
     Args:
-        parents, valid: of a tree.
+        parents, valid: `[B, T]` of a tree.
         depth: of its deepest node at most, if known.
     """
     count = parents.shape[1]

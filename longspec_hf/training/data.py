@@ -104,9 +104,8 @@ def read_texts(paths: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase |
     """Texts of files and folders.
 
     Plain-text files are one text each; every line of a `.jsonl` file is an object with `text`, or with `messages`,
-    which
-    the tokenizer's chat template turns into a text. Folders are searched for plain-text files. Undecodable files are
-    passed over, as a folder of sources may hold some.
+    which the tokenizer's chat template turns into a text. Folders are searched for plain-text files. Undecodable files
+    are passed over, as a folder of sources may hold some.
 
     Raises:
         ValueError: a path does not exist, or a line holds neither field.

@@ -119,6 +119,9 @@ def make_context_prompts(
         count: number of files, each long enough for the longest context.
         contexts: prompt tokens.
         seed: of the choice of files.
+
+    Raises:
+        ValueError: the packages have too few files of so many tokens.
     """
     rng = random.Random(seed)
     files = package_sources(packages)

@@ -130,6 +130,7 @@ def tau_table(rows: list[dict[str, Any]], title: str) -> str:
             taus = summarize(chosen)
             cells = " | ".join(f"{taus[f'tau_{tree}']:.2f}" for tree in trees)
             lines.append(f"| {name} | {len(texts_of(chosen))} | {cells} |")
-    devices = ", ".join(sorted({f"{row['device']}, torch {row['torch']}" for row in rows}))
-    head = f"Tokens per target forward, bonus token included; {devices}, transformers {rows[0]['transformers']}."
+    fields = "{device}, torch {torch}, transformers {transformers}"
+    places = "; ".join(sorted({fields.format_map(row) for row in rows}))
+    head = f"Tokens per target forward, bonus token included; {places}."
     return f"## {title}\n\n{head}\n\n" + "\n".join(lines)
