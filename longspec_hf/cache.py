@@ -70,7 +70,7 @@ class LongSpecCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a layer's new rows `[B, Hkv, n, D]`; returns all its keys and values, in a `tree` its whole buffers."""
+        """Write a layer's new rows `[B, Hkv, n, D]`; returns all its rows, in a `tree` its whole buffers."""
         while len(self.layers) <= layer_idx:
             self.layers.append(LongSpecLayer(self._announced, self._limit))
         layer = self.layers[layer_idx]

@@ -32,7 +32,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear(x, weight, bias)` as `weight @ x.T`: `[..., N]`, contiguous, of `x` `[..., K]` and `weight` `[N, K]`."""
+    """`F.linear(x, weight, bias)` as `weight @ x.T`: contiguous `[..., N]` of `[..., K]` and `[N, K]`."""
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
     # MKL's kernels are made for whole vectors: between two powers of two the larger one costs less.

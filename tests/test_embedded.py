@@ -21,7 +21,7 @@ def test_a_failed_fetch_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", embedded.READERS)
 def test_what_reads_the_file_is_asked_for_before_it_is_fetched(tmp_path, monkeypatch, missing):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched"))
     with pytest.raises(ImportError, match=rf"not installed: {missing}\..*extra `embedded`"):
         embedded.load_embedded_target(tmp_path / "models")

@@ -85,7 +85,7 @@ def merge_nodes(
 
 
 def level_depths(tokens: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-    """`[B, N]` depth of each node of a beam `tokens` `[B, N]` with levels of these widths, 1 for the root's children."""
+    """`[B, N]` depth of each node of a beam `[B, N]` with levels of these widths, 1 for the root's children."""
     levels = tokens.split(widths, dim=1) if widths else (tokens,)
     return torch.cat([torch.full_like(ids, depth) for depth, ids in enumerate(levels, 1)], dim=1)
 

@@ -2,7 +2,8 @@
 
 Speculation is lossless: the text is the target's own whatever the draft proposes. So tau of any draft and any tree
 follows from a text generated once, the target's keys and values of it (one forward), and the draft's proposals along
-it; the expensive verification is replaced by a look at the next token. `replay` counts what `generate` would have counted.
+it; the expensive verification is replaced by a look at the next token. `replay` counts what `generate` would have
+counted.
 """
 
 from __future__ import annotations
