@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -84,14 +85,19 @@ class LongSpecDraftConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _expect_int("hidden_size", self.hidden_size, minimum=1)
+        _expect_int("num_attention_heads", self.num_attention_heads, minimum=1)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.tree_shape is None:
             self.tree_shape = AUTO
+        if not isinstance(self.tree_shape, (str, bytes)) and hasattr(self.tree_shape, "__iter__"):
+            self.tree_shape = list(self.tree_shape)
         super().__post_init__(**kwargs)
         self.validate_sizes()
+        self.validate_numbers()
         validate_tree_settings(
             self.tree_shape,
             self.max_tree_nodes,
@@ -109,6 +115,10 @@ class LongSpecDraftConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
             _expect_int(name, getattr(self, name), minimum=1)
         _expect_int("head_dim", self.head_dim, minimum=2)
+        if self.head_dim % 2:
+            raise ValueError(
+                f"`head_dim` must be even, as rotary positions need, got {self.head_dim}. Use the target's."
+            )
         _expect_int("sliding_window", self.sliding_window, minimum=1)
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
@@ -124,6 +134,20 @@ class LongSpecDraftConfig(PreTrainedConfig):
                     f"`draft_vocab_size` must be at most `vocab_size` ({self.vocab_size}), got "
                     f"{self.draft_vocab_size}. Use `None` to let the draft propose every token."
                 )
+
+    def validate_numbers(self) -> None:
+        """Check switches, the layer read and the fractions."""
+        for name in ("attention_bias", "qk_norm", "use_target_final_norm"):
+            _expect_bool(name, getattr(self, name))
+        layer = self.target_layer_idx
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise ValueError(f"`target_layer_idx` must be an integer, got {layer!r}. Use -1 for the last.")
+        for name, positive in (("rms_norm_eps", True), ("initializer_range", False)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (positive and value == 0):
+                kind = "positive number" if positive else "number of at least 0"
+                raise ValueError(f"`{name}` must be a {kind}, got {value!r}. Use the target's.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -208,8 +232,12 @@ def validate_tree_settings(
         "capture_rounds": capture_rounds,
     }
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        _expect_bool(name, value)
+
+
+def _expect_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def _expect_int(name: str, value: Any, minimum: int) -> None:

@@ -11,6 +11,7 @@ Token embeddings, rotary table, final norm and head are the target's; they are p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from .draft_attention import (
     shifted_window_attention,
     window_mask,
 )
+from .draft_files import expect_known_tokens, read_generation_config, readable_weights, write_generation_config
 from .placement import draft_device
 
 Attend = Callable[..., torch.Tensor]
@@ -152,12 +154,18 @@ class LongSpecDraftModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a draft; takes the arguments of `PreTrainedModel.from_pretrained`.
 
+        The settings of its `generation_config` are read with it, where it was saved with some.
+
         Raises:
-            ValueError: the checkpoint lacks a tensor, has one too many or one of another shape; the message names it.
+            ValueError: the checkpoint cannot be read, lacks a tensor, has one too many or one of another shape, or
+                names tokens that do not exist; the message says which.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # collected and refused below, all at once
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        name, given = pretrained_model_name_or_path, kwargs.get("generation_config")
+        settings = given or read_generation_config(name, kwargs)
+        with readable_weights(name):
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         faults = [f"missing tensor `{name}`" for name in sorted(info["missing_keys"])]
         faults += [f"unexpected tensor `{name}`" for name in sorted(info["unexpected_keys"])]
         faults += [
@@ -166,10 +174,19 @@ class LongSpecDraftModel(PreTrainedModel):
         ]
         if faults:
             raise ValueError(
-                f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) does not hold a complete LongSpec "
-                f"draft: {'; '.join(faults)}. {CONVERSION_HINT}"
+                f"`pretrained_model_name_or_path` ({name}) does not hold a complete LongSpec draft: "
+                f"{'; '.join(faults)}. {CONVERSION_HINT}"
             )
+        expect_known_tokens(name, getattr(model, "draft_token_ids", None), model.config.vocab_size)
+        model.generation_config = settings
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the settings of `generation_config`, which there only models that generate have."""
+        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            write_generation_config(save_directory, self.generation_config)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> None:
         """`None`: token embeddings are the target's."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .embedded import embedded_target_folder
@@ -143,7 +144,7 @@ def _embedded_folder() -> Path:
 def _load(argument: str, name: str | os.PathLike, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"`{argument}` must be a Hub id or a folder of a model, got {str(name)!r}: {_first_line(error)}"
         ) from error

@@ -38,11 +38,29 @@ def test_from_target_fills_the_sizes():
         ("hidden_act", "wish"),
         ("draft_vocab_size", VOCAB + 1),
         ("num_key_value_heads", 3),
+        ("num_attention_heads", 0),
+        ("head_dim", 7),
+        ("attention_bias", "yes"),
+        ("qk_norm", 1),
+        ("use_target_final_norm", None),
+        ("target_layer_idx", 1.5),
+        ("target_layer_idx", "last"),
+        ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", 0),
+        ("rms_norm_eps", float("nan")),
+        ("initializer_range", "small"),
     ],
 )
 def test_bad_fields_are_named(field, value):  # C83
     with pytest.raises(ValueError, match="`num_attention_heads`" if field == "num_key_value_heads" else f"`{field}`"):
         LongSpecDraftConfig.from_target(tiny_target().config, **{field: value})
+
+
+def test_a_shape_may_be_any_iterable():
+    config = LongSpecDraftConfig.from_target(tiny_target().config, tree_shape=(width for width in (3, 2)))
+    assert config.tree_shape == [3, 2]
+    with pytest.raises(ValueError, match="`num_attention_heads`"):
+        LongSpecDraftConfig(num_attention_heads=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
