@@ -27,12 +27,22 @@ PACKAGE = Path(__file__).parent.parent / "longspec_hf"
 
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
+    if args.file is None:
+        if args.folder != PACKAGE:
+            raise ValueError(
+                f"`file` must be given with a folder of yours ({args.folder}), got none: name a file in it."
+            )
+        args.file = PACKAGE / "stats.py"
+    if not args.file.resolve().is_relative_to(args.folder.resolve()):
+        raise ValueError(
+            f"`file` must lie in `folder` ({args.folder}), got {args.file}. Name the folder that holds it."
+        )
     lines = args.file.read_text(encoding="utf-8").splitlines(keepends=True)
     head = "".join(lines[: len(lines) // 2 if args.line is None else args.line])
     others = read_others(args.folder, args.file, args.glob)
     pair = load_pair_of(args)
     budget = min(args.prompt_tokens, pair.context - args.max_new_tokens)
-    prompt = pack(pair.tokenizer, others, str(args.file.relative_to(args.folder)), head, budget)
+    prompt = pack(pair.tokenizer, others, str(args.file.resolve().relative_to(args.folder.resolve())), head, budget)
     inputs = encode_prompts(pair, [prompt], chat=False)
     print(head, end="")
     print_continuation(args, pair, inputs)
@@ -72,7 +82,7 @@ def pack(tokenizer: PreTrainedTokenizerBase, others: dict[str, str], name: str, 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=PACKAGE, help="the repository, or a part of it")
-    parser.add_argument("file", nargs="?", type=Path, default=PACKAGE / "stats.py", help="a file in it")
+    parser.add_argument("file", nargs="?", type=Path, help="a file in it; stats.py of this package by default")
     parser.add_argument("--line", type=int, help="lines of the file that are there; half of it by default")
     parser.add_argument("--glob", default="*.py", help="which files are packed, default %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=6000, help="default %(default)s")

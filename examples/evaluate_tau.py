@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspec_hf import LongSpecDraftModel, with_tree_settings
+from longspec_hf.cli.options import dtype_of, positive
 from longspec_hf.embedded import embedded_target_folder
 from longspec_hf.training import TauEvaluator
 from longspec_hf.training.heldout import (
@@ -41,7 +43,7 @@ from longspec_hf.training.heldout import (
     make_prompts_from_packages,
     save_texts,
 )
-from longspec_hf.training.tau import summarize
+from longspec_hf.training.tau import DEFAULT_TREES, TauInput, summarize
 
 DECODINGS = ("greedy", "sampled")
 
@@ -51,23 +53,23 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="cut prompts from installed packages")
     prompts.add_argument("--packages", nargs="+", required=True, help="import names")
-    prompts.add_argument("--count", type=int, default=72)
+    prompts.add_argument("--count", type=positive, default=72)
     prompts.add_argument(
-        "--contexts", type=int, nargs="*", help="instead: the same places after contexts of these sizes"
+        "--contexts", type=positive, nargs="*", help="instead: the same places after contexts of these sizes"
     )
     prompts.add_argument("--output", required=True)
     generate = commands.add_parser("generate", help="the target's outputs")
     generate.add_argument("--prompts", required=True)
-    generate.add_argument("--new-tokens", type=int, default=128)
+    generate.add_argument("--new-tokens", type=positive, default=128)
     generate.add_argument("--temperature", type=float, default=0.8)
     generate.add_argument("--decoding", nargs="+", choices=DECODINGS, default=list(DECODINGS))
-    generate.add_argument("--batch-size", type=int, default=1)
+    generate.add_argument("--batch-size", type=positive, default=1)
     generate.add_argument("--output", required=True)
     measure = commands.add_parser("measure", help="tau of a draft")
     measure.add_argument("--texts", required=True)
     measure.add_argument("--draft", required=True)
-    measure.add_argument("--trees", nargs="*", help="of beam, beam_ngram, chain, lookup; by default all")
-    measure.add_argument("--limit", type=int, default=None, help="measure only the first texts")
+    measure.add_argument("--trees", nargs="*", choices=list(DEFAULT_TREES), help="by default all")
+    measure.add_argument("--limit", type=positive, default=None, help="measure only the first texts")
     measure.add_argument("--real", action="store_true", help="also run generate on greedy texts and compare")
     measure.add_argument("--csv", default=None)
     for command in (prompts, generate, measure):
@@ -79,6 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> dict[str, float] | None:
     args = make_parser().parse_args(arguments)
+    dtype = dtype_of(args.dtype)
+    if args.command == "generate" and args.temperature <= 0 and "sampled" in args.decoding:
+        raise ValueError(f"`temperature` must be above 0, got {args.temperature}. Ask for `--decoding greedy`.")
     name = str(embedded_target_folder()) if args.target == "embedded" else args.target
     if args.command == "prompts":
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -89,22 +94,35 @@ def main(arguments: list[str] | None = None) -> dict[str, float] | None:
         save_texts(args.output, texts)
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device).eval()
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     if args.command == "generate":
-        save_texts(args.output, _generate(args, target))
+        _generate(args, target)
         return None
     return _measure(args, target)
 
 
-def _generate(args: argparse.Namespace, target) -> list:
+def _generate(args: argparse.Namespace, target) -> None:
+    """Write each text as soon as it is there, the shortest prompts first, and at the end all in the prompts' order."""
     prompts = load_texts(args.prompts)
-    texts = []
-    for decoding in args.decoding:
-        temperature = 0.0 if decoding == "greedy" else args.temperature
-        texts += generate_outputs(target, prompts, args.new_tokens, temperature, args.seed, args.batch_size)
-    looping = sum(text.looping for text in texts)
+    if not prompts:
+        raise ValueError(f"`prompts` ({args.prompts}) is empty, expected at least one prompt. Make it with `prompts`.")
+    texts: dict[tuple[int, int], TauInput] = {}
+
+    def outputs() -> Iterator[TauInput]:
+        for number, decoding in enumerate(args.decoding):
+            temperature = 0.0 if decoding == "greedy" else args.temperature
+            for place, text in generate_outputs(
+                target, prompts, args.new_tokens, temperature, args.seed, args.batch_size
+            ):
+                texts[number, place] = text
+                yield text
+
+    save_texts(args.output, outputs())
+    ordered = Path(f"{args.output}.partial")
+    save_texts(ordered, [texts[place] for place in sorted(texts)])
+    ordered.replace(args.output)
+    looping = sum(text.looping for text in texts.values())
     print(f"{len(texts)} outputs, {looping} of them looping")
-    return texts
 
 
 def _measure(args: argparse.Namespace, target) -> dict[str, float]:
@@ -145,10 +163,11 @@ def _compare(draft, target, evaluator: TauEvaluator, rows: list[dict]) -> None:
     tree, settings = next(iter(evaluator.trees.items()))
     # Replay counts rounds only, and plain steps come by the clock.
     settings = replace(settings, fallback_to_plain=False).as_options()
-    for text in (text for text in evaluator.texts if text.decoding == "greedy"):
-        row = next(
-            row for row in rows if row["name"] == text.name and row["tree"] == tree and row["kind"] == text.kind
-        )
+    # Rows come text by text, one for each tree.
+    for text, row in zip(evaluator.texts, rows[:: len(evaluator.trees)], strict=True):
+        if text.decoding != "greedy":
+            continue
+        assert (row["name"], row["decoding"], row["tree"]) == (text.name, text.decoding, tree)
         ids = torch.tensor([text.prompt_ids], device=target.device)
         call = with_tree_settings(target.generation_config, **settings)
         call.update(do_sample=False, max_new_tokens=len(text.output_ids), return_dict_in_generate=True)

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspec_hf import LongSpecDraftModel
+from longspec_hf.cli.options import dtype_of, positive
 from longspec_hf.embedded import embedded_target_folder
 from longspec_hf.training import (
     AnchorOffsetCollator,
@@ -37,10 +38,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", required=True, help="trained draft, folder or Hub name")
     parser.add_argument("--texts", nargs="+", required=True, help="files, folders or .jsonl of the domain")
     parser.add_argument("--output", required=True, help="folder of the fine-tuned draft")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--length", type=int, default=1536)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--length", type=positive, default=1536)
+    parser.add_argument("--batch-size", type=positive, default=4)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--dtype", default="float32", help="of the target and of the saved draft")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,9 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> LongSpecDraftModel:
     args = make_parser().parse_args(arguments)
+    dtype = dtype_of(args.dtype)
     name = str(embedded_target_folder()) if args.target == "embedded" else args.target
     tokenizer = AutoTokenizer.from_pretrained(name)
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype))
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     draft = LongSpecDraftModel.from_pretrained(args.draft, dtype=torch.float32)
     torch.manual_seed(args.seed)
     adapted = get_peft_model(draft, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=ADAPTED))
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> LongSpecDraftModel:
         ),
     )
     trainer.train()
-    merged = adapted.merge_and_unload().to(getattr(torch, args.dtype))
+    merged = adapted.merge_and_unload().to(dtype)
     merged.save_pretrained(args.output)
     return merged
 

@@ -23,10 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from longspec_hf.cli.options import dtype_of, positive
 from longspec_hf.embedded import embedded_target_folder
 from longspec_hf.training import continue_batches, make_prompts, pack_texts, read_texts, save_tokens
+from longspec_hf.training.data import read_found_file
+
+SUFFIXES = (".py", ".md", ".rst", ".txt")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,14 +40,16 @@ def make_parser() -> argparse.ArgumentParser:
     tokenize.add_argument(
         "--paths", nargs="+", required=True, help="files, folders or .jsonl with `text` or `messages`"
     )
-    tokenize.add_argument("--exclude", nargs="*", default=[], help="leave out files below folders of these names")
-    tokenize.add_argument("--max-tokens", type=int, default=None)
+    tokenize.add_argument(
+        "--exclude", nargs="*", default=[], help="of the folders, leave out what lies below these names"
+    )
+    tokenize.add_argument("--max-tokens", type=positive, default=None)
     own = commands.add_parser("continue", help="prompts continued by the target")
     own.add_argument("--tokens", required=True, help="output of `tokenize`")
-    own.add_argument("--count", type=int, default=768)
-    own.add_argument("--prompt-length", type=int, default=1024)
-    own.add_argument("--new-tokens", type=int, default=512)
-    own.add_argument("--batch-size", type=int, default=256)
+    own.add_argument("--count", type=positive, default=768)
+    own.add_argument("--prompt-length", type=positive, default=1024)
+    own.add_argument("--new-tokens", type=positive, default=512)
+    own.add_argument("--batch-size", type=positive, default=256)
     own.add_argument("--temperatures", type=float, nargs="+", default=[0.8], help="in turn, one a batch; 0 is greedy")
     own.add_argument("--instructed", type=float, default=0.5, help="share of prompts with an instruction")
     own.add_argument("--from-start", type=float, default=0.0, help="share of prompts that begin where a text begins")
@@ -57,13 +63,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
+    dtype = dtype_of(args.dtype) if args.command == "continue" else None
+    if args.command == "continue" and min(args.temperatures) < 0:
+        raise ValueError(f"`temperatures` must not be negative, got {min(args.temperatures)}. Use 0 for greedy text.")
     name = str(embedded_target_folder()) if args.target == "embedded" else args.target
     tokenizer = AutoTokenizer.from_pretrained(name)
     if args.command == "tokenize":
-        _save(args.output, pack_texts(_texts(args.paths, set(args.exclude)), tokenizer, max_tokens=args.max_tokens))
+        texts = _texts(args.paths, set(args.exclude), tokenizer)
+        tokens = pack_texts(texts, tokenizer, max_tokens=args.max_tokens)
+        if not len(tokens):
+            raise ValueError(
+                f"`paths` ({', '.join(args.paths)}) gave 0 tokens, expected some text. In folders only "
+                f"{', '.join(SUFFIXES)} count; name .jsonl files themselves, and check `exclude`."
+            )
+        _save(args.output, tokens)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device).eval()
+    target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     source = np.load(args.tokens, mmap_mode="r").reshape(-1)
     prompts = make_prompts(
         source, tokenizer, args.count, args.prompt_length, args.instructed, args.seed, args.from_start
@@ -79,18 +95,19 @@ def _save(path: str, tokens: np.ndarray) -> None:
     print(f"{path}: {tokens.size:,} tokens, shape {tokens.shape}", flush=True)
 
 
-def _texts(paths: list[str], excluded: set[str]) -> Iterator[str]:
+def _texts(paths: list[str], excluded: set[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     for path in map(Path, paths):
         if not path.is_dir():
-            yield from read_texts([path])
+            yield from read_texts([path], tokenizer)
             continue
         # In random order, so that any part of the tokens is a sample of all.
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in (".py", ".md", ".rst", ".txt")]
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
         files = [
-            file for file in files if not excluded & {part.split("-")[0] for part in file.parts} and file.is_file()
+            file for file in files if not excluded & {part.split("-")[0] for part in file.relative_to(path).parts}
         ]
         for index in np.random.default_rng(0).permutation(len(files)):
-            yield from read_texts([files[index]])
+            if text := read_found_file(files[index]):
+                yield text
 
 
 if __name__ == "__main__":

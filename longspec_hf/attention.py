@@ -24,6 +24,7 @@ class TreeAttention:
         ancestor_bits: `[B, T, words]` from [`TokenTree.ancestor_bits`].
         depths: `[B, T]`.
         starts: `[B]` int32 first row that is not padding, or `None`.
+        window: of the layers' buffers, for layers whose window is in plain decoding's mask alone.
         soft_capped: whether a layer's soft-cap is applied; the attention that plain decoding uses may ignore it.
         shared: what the kernels work out of the others, kept for the round's other layers.
     """
@@ -32,6 +33,7 @@ class TreeAttention:
     ancestor_bits: torch.Tensor
     depths: torch.Tensor
     starts: torch.Tensor | None
+    window: int | None = None
     soft_capped: bool = True
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -43,6 +45,7 @@ class TreeAttention:
         starts: torch.Tensor | None,
         dropped: Sequence[tuple[int, ...] | None],
         devices: Sequence[torch.device],
+        windows: Sequence[int | None],
         soft_capped: bool = True,
     ) -> list[TreeAttention]:
         """Metadata of trees whose rows follow `prefix_lens` (int32 `[B]`) committed ones, for every layer.
@@ -52,17 +55,18 @@ class TreeAttention:
             prefix_lens, starts: of the texts.
             dropped: per layer, rows of each text that its buffers no longer hold; `None` where none ever are.
             devices: per layer, where its buffers are.
+            windows: per layer, that of its buffers.
             soft_capped: as above.
         """
         bits = tree.ancestor_bits()
-        layers = list(zip(dropped, devices, strict=True))
-        kinds: dict[tuple[tuple[int, ...] | None, torch.device], TreeAttention] = {}
-        for offsets, device in layers:
-            if (offsets, device) not in kinds:
+        layers = list(zip(dropped, devices, windows, strict=True))
+        kinds: dict[tuple[tuple[int, ...] | None, torch.device, int | None], TreeAttention] = {}
+        for offsets, device, window in layers:
+            if (offsets, device, window) not in kinds:
                 gone = torch.tensor(offsets or 0, dtype=torch.int32, device=prefix_lens.device)
                 first = None if starts is None else (starts - gone).clamp(min=0).to(device)
                 lengths, depths = (prefix_lens - gone).to(device), tree.depths.to(device)
-                kinds[offsets, device] = cls(lengths, bits.to(device), depths, first, soft_capped)
+                kinds[offsets, device, window] = cls(lengths, bits.to(device), depths, first, window, soft_capped)
         return [kinds[layer] for layer in layers]
 
 
@@ -97,7 +101,7 @@ def tree_attention_forward(
         depths=tree.depths,
         key_depths=tree.depths,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
+        window=tree.window if sliding_window is None else sliding_window,
         softcap=softcap if tree.soft_capped else None,
         sinks=s_aux,
         shared=tree.shared,

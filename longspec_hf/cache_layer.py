@@ -61,6 +61,15 @@ class LongSpecLayer(DynamicLayer):
         self._value_buffer = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[-1])
         self.is_initialized = True
 
+    def own_buffers(self) -> None:
+        """Replace buffers that were made in inference mode, which only lets them be written there, by copies."""
+        # A compiled forward cannot ask; calls with a draft have been here before it (`remember`).
+        if self._key_buffer is None or torch.compiler.is_compiling():
+            return
+        if torch.is_inference_mode_enabled() or not self._key_buffer.is_inference():
+            return
+        self._key_buffer, self._value_buffer = self._key_buffer.clone(), self._value_buffer.clone()
+
     def load(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Take copies of the rows `[B, Hkv, n, D]` that end a text of `length` rows; n < length in windows only."""
         self.update(keys, values)
@@ -80,6 +89,7 @@ class LongSpecLayer(DynamicLayer):
         """Write new rows behind the ones in use and return all of them, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.own_buffers()
         end = self.length + key_states.shape[-2]
         self.reserve(end)
         self._key_buffer[:, :, self.length : end] = key_states
@@ -89,6 +99,7 @@ class LongSpecLayer(DynamicLayer):
 
     def make_room(self, lengths: Sequence[int], rows: int) -> None:
         """Let `rows` rows more fit behind the first sequences, which have these lengths."""
+        self.own_buffers()
         self.reserve(max(lengths) + rows)
 
     def buffer_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -156,7 +167,8 @@ class LongSpecLayer(DynamicLayer):
         return lengths, starts
 
     def remember(self) -> None:
-        """Make sure that `truncate` can go back to the present length."""
+        """Make sure that `truncate` can go back to the present length, and that the layer can be written."""
+        self.own_buffers()
 
     def begin_rounds(self, may_step_back: bool) -> None:
         """Tell whether the length may be set back, later on, to what it is now."""

@@ -30,7 +30,8 @@ def checkpoint_folder(
 ) -> Path:
     """The folder of a checkpoint: `source` itself, or where the Hub's client keeps the repository of that name.
 
-    Of a repository only the configuration and the weights are fetched, `.bin` files where there are no others.
+    Of a repository only the configuration and the weights are fetched, `.bin` files where there are no others of the
+    usual name or with an index.
 
     Raises:
         ValueError: there is no such folder or repository.
@@ -40,7 +41,7 @@ def checkpoint_folder(
     if Path(source).exists():
         raise ValueError(f"`source` must be a folder or a Hub repository, got the file {source}. Give its folder.")
     folder = Path()
-    for suffix, _ in KINDS:
+    for suffix, usual in KINDS:
         try:
             folder = Path(
                 snapshot_download(
@@ -56,7 +57,7 @@ def checkpoint_folder(
                 f"`source` must be a folder or a Hub repository, got {str(source)!r} (revision {revision or 'main'}), "
                 f"neither here nor to be fetched: {error}. Check the name, the revision and the connection."
             ) from error
-        if any(folder.glob(f"*{suffix}")):
+        if _named_files(folder, suffix, usual):
             break
     return folder
 
@@ -76,14 +77,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of `folder`: the shards its index names, else the file of the usual name, else the only one."""
     for suffix, usual in KINDS:
-        indices = sorted(folder.glob(f"*{suffix}.index.json"))
-        found = sorted(folder.glob(f"*{suffix}"))
-        if (folder / usual).is_file():
-            return [folder / usual]
-        if len(indices) == 1:
-            return _shards(indices[0])
-        if len(indices) > 1 or len(found) > 1:
-            names = ", ".join(path.name for path in indices or found)
+        if named := _named_files(folder, suffix, usual):
+            return named if named[0].name == usual else _shards(named[0])
+    for suffix, usual in KINDS:
+        found = sorted(folder.glob(f"*{suffix}.index.json")) or sorted(folder.glob(f"*{suffix}"))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
             raise ValueError(
                 f"`source` ({folder}) must hold one checkpoint, got {names}. Keep the draft's, or name it {usual}."
             )
@@ -92,6 +91,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(
         f"`source` ({folder}) must hold weights, {KINDS[0][1]} or {KINDS[1][1]} or their shards, got none."
     )
+
+
+def _named_files(folder: Path, suffix: str, usual: str) -> list[Path]:
+    """The file of the usual name, else the only index; nothing if there is neither."""
+    if (folder / usual).is_file():
+        return [folder / usual]
+    indices = list(folder.glob(f"*{suffix}.index.json"))
+    return indices if len(indices) == 1 else []
 
 
 def _shards(index: Path) -> list[Path]:

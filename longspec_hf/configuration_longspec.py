@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -173,27 +176,30 @@ class LongSpecDraftConfig(PreTrainedConfig):
             **overrides: any field of this class.
 
         Raises:
-            ValueError: the target is not a decoder, or an override is out of range.
+            ValueError: no draft can read such a target, an override is no field, or it is out of range.
         """
+        validate_field_names(cls, overrides)
         text = target_config.get_text_config(decoder=True)
-        if getattr(target_config, "is_encoder_decoder", False):
+        if reason := reason_against_drafts(target_config):
             raise ValueError(
-                f"`target_config` must describe a decoder-only model, got the encoder-decoder "
-                f"{type(target_config).__name__}. LongSpec has no draft for encoder-decoder models."
+                f"`target_config` must describe a decoder whose keys and values a draft can read, got a "
+                f"{type(target_config).__name__}: {reason}. Use another target, or generate without a draft."
             )
-        heads = text.num_attention_heads
+        index = overrides.get("target_layer_idx", -1)
+        layer = config_of_layer(text, index if isinstance(index, int) else -1)
+        heads = layer.num_attention_heads
         fields: dict[str, Any] = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
-            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "intermediate_size": getattr(layer, "intermediate_size", None) or 4 * text.hidden_size,
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
             "hidden_act": getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
             "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
             # Qwen2 has biases in its code, not in its configuration.
             "attention_bias": bool(getattr(text, "attention_bias", text.model_type.startswith("qwen2"))),
-            "qk_norm": text.model_type.startswith(("qwen3", "gemma3")),
+            "qk_norm": text.model_type.startswith(("qwen3", "gemma3", "gemma4")),
             "initializer_range": getattr(text, "initializer_range", 0.02),
             "target_name_or_path": target_config.name_or_path or None,
             "bos_token_id": text.bos_token_id,
@@ -201,6 +207,63 @@ class LongSpecDraftConfig(PreTrainedConfig):
             "pad_token_id": text.pad_token_id,
         }
         return cls(**{**fields, **overrides})
+
+
+def reason_against_drafts(target_config: PreTrainedConfig) -> str | None:
+    """Why no draft can read the keys and values of such a target, or `None`."""
+    if getattr(target_config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder, and LongSpec has drafts for decoder-only models"
+    text = target_config.get_text_config(decoder=True)
+    layer = config_of_layer(text, -1)
+    if not getattr(layer, "num_attention_heads", None):
+        return "its configuration names no attention heads, and a draft reads what a layer of attention has cached"
+    unreadable = "keys and values of different sizes cannot be read by a draft"
+    if rank := getattr(layer, "kv_lora_rank", None):
+        return f"its layers have multi-head latent attention (`kv_lora_rank` is {rank}), whose {unreadable}"
+    values = getattr(layer, "v_head_dim", None)
+    keys = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None) or values
+    return (
+        None
+        if values in (None, keys)
+        else f"its heads have {keys} numbers in keys, {values} in values, and {unreadable}"
+    )
+
+
+def resolve_layer(target_layer_idx: int, text_config: PreTrainedConfig) -> int:
+    """Index of the target layer that is meant by `target_layer_idx`; -1 is the last full-attention layer.
+
+    Raises:
+        ValueError: the target has no such layer.
+    """
+    count = text_config.num_hidden_layers
+    types = getattr(text_config, "layer_types", None) or ["full_attention"] * count
+    if target_layer_idx == -1:
+        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        return full[-1] if full else count - 1
+    if not -count <= target_layer_idx < count:
+        raise ValueError(
+            f"`target_layer_idx` must be -1 or name one of the target's {count} layers, got {target_layer_idx}."
+        )
+    return target_layer_idx % count
+
+
+def config_of_layer(text_config: PreTrainedConfig, target_layer_idx: int) -> PreTrainedConfig:
+    """The configuration of that layer, where layers have some of their own (Gemma 4), else the one of all."""
+    if not getattr(text_config, "is_heterogeneous", False):
+        return text_config
+    return text_config.per_layer_config[resolve_layer(target_layer_idx, text_config)]
+
+
+def validate_field_names(config_class: type[PreTrainedConfig], given: Iterable[str]) -> None:
+    """Check that a configuration has fields of these names; raises a ValueError that names the nearest ones."""
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known) or sorted(config_class.__annotations__)
+            raise ValueError(
+                f"`{name}` must be a field of {config_class.__name__}, which has none of this name. Nearest: "
+                f"{', '.join(f'`{each}`' for each in nearest)}."
+            )
 
 
 def validate_tree_settings(

@@ -53,7 +53,8 @@ class Decoder:
     """Generates until a stopping criterion holds for every sequence.
 
     The texts grow in `drawers`; the cache ends one row short of the longest. A sequence that has ended costs neither
-    draft nor target work: those that go on are kept in front.
+    draft nor target work: those that go on are kept in front. When all have ended, one more forward reads the last
+    tokens of the shorter texts, whose rows plain decoding's cache holds too.
 
     Args:
         target: the target's forwards.
@@ -102,6 +103,7 @@ class Decoder:
             began = time.perf_counter()
             while self.active:
                 self._step()
+            self._read_last_tokens()
             self.stats.decode_seconds = time.perf_counter() - began
             if self.known is not None and not self.trees.fixed:
                 self.known.remember(self._kind, self.trees.cost.times)
@@ -309,6 +311,24 @@ class Decoder:
             if row != self.active:
                 self._swap(row, self.active)
                 self._swaps.append((row, self.active))
+
+    def _read_last_tokens(self) -> None:
+        """Write the rows of the shorter texts' last tokens: a later turn on the cache may see them."""
+        lengths = self.cache.row_lengths
+        shorter = [row for row, length in enumerate(lengths) if length < max(lengths)]
+        if not shorter:
+            return
+        for place, row in enumerate(shorter):
+            if place != row:
+                self._swap(place, row)
+                self._swaps.append((place, row))
+        count = len(shorter)
+        if self.target.static_shapes:
+            tree = self.generator.propose(self.cache, [0] * count, self.starts, True, self.trees.settings)
+        else:
+            tree = self.generator.root_only(count)
+        self.target.verify(tree, self.generator.root_positions(count))
+        self.cache.commit([[0]] * count)
 
     def _restore_order(self) -> None:
         while self._swaps:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache, generation
+from transformers import (
+    AttentionInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+    generation,
+)
 from transformers.generation import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 
 from .cache import LongSpecCache
@@ -45,6 +55,30 @@ ROW_WISE = (
 of a batch may get ahead of one another, and candidates may be tried."""
 
 
+PASSED_ON = {
+    *(
+        "attention_mask",
+        "cache_position",
+        "inputs_embeds",
+        "logits_to_keep",
+        "position_ids",
+        "synced_gpus",
+        "use_cache",
+    ),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+}
+"""Inputs that rounds give to the target's forwards themselves."""
+PREFILLED = (
+    "token_type_ids",
+    "_values",
+    "_values_videos",
+    "_sizes",
+    "_thw",
+    "_features",
+    "_per_grid_ts",
+    "_encoder_outputs",
+)
+"""Ends of the names of inputs that only a prefill reads: of images, videos and sounds."""
 TREE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -54,7 +88,7 @@ def reason_of_call(
     settings: TreeSettings,
     inputs: dict[str, Any],
     cache_argument: str,
-    prompt_length: int,
+    prompts: Prompts,
 ) -> str | None:
     """The first thing in a call that asks for plain decoding, or `None`.
 
@@ -62,7 +96,7 @@ def reason_of_call(
         target, config, settings: of the call.
         inputs: keyword arguments of the target's forwards, and `synced_gpus`.
         cache_argument: the name of the cache among them.
-        prompt_length: tokens of the longest prompt.
+        prompts: of the call.
     """
     text_config = target.config.get_text_config(decoder=True)
     return (
@@ -70,8 +104,10 @@ def reason_of_call(
         or reason_of_config(config, settings, inputs["synced_gpus"])
         or reason_of_layers(text_config)
         or reason_of_modules(target)
+        or reason_of_state(target)
         or reason_of_inputs(inputs, cache_argument, config)
-        or reason_of_rope(text_config, prompt_length, config.max_length)
+        or reason_of_preparation(target)
+        or reason_of_rope(text_config, prompts, config.max_length)
     )
 
 
@@ -109,6 +145,9 @@ def reason_of_inputs(model_kwargs: dict[str, Any], cache_argument: str, config: 
         return f"the cache is a {'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__}"
     elif not LongSpecCache.can_take_over(cache):
         return "the cache has layers that hold something else than keys and values"
+    others = [name for name in model_kwargs if name not in PASSED_ON and not name.endswith(PREFILLED)]
+    if others := [name for name in others if name != cache_argument and model_kwargs[name] is not None]:
+        return f"`{others[0]}` goes to every forward of plain decoding"
     mask = model_kwargs.get("attention_mask")
     if mask is not None and (mask.dim() != 2 or bool((mask[:, 1:] < mask[:, :-1]).any())):
         return "`attention_mask` has zeros behind ones"
@@ -139,21 +178,75 @@ def reason_of_modules(target: nn.Module) -> str | None:
     return None
 
 
-def reason_of_rope(config: PreTrainedConfig, prompt_length: int, max_length: int) -> str | None:
+def reason_of_rope(config: PreTrainedConfig, prompts: Prompts, max_length: int) -> str | None:
     """Whether plain decoding would rotate tokens of this call by tables that depend on how far it had got."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    if not kinds & {"dynamic", "longrope"}:
+        return None
     limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    depends = "dynamic" in kinds and max_length > limit
-    depends |= "longrope" in kinds and prompt_length <= limit < max_length
+    lengths = prompts.positions.amax(dim=1) + 1  # cached tokens counted, padding not
+    longest = int(lengths.max()) + max_length - prompts.ids_length
+    depends = "dynamic" in kinds and longest > limit
+    cached = int(prompts.positions.amin())
+    depends |= "longrope" in kinds and (int(lengths.min()) <= limit < longest or 0 < cached <= limit < longest)
     return "the target's rotary table changes with the length of the text" if depends else None
 
 
+def reason_of_state(target: nn.Module) -> str | None:
+    """Whether forwards of the target right now are not its weights' alone, or `None`."""
+    if target.training:
+        rates = [module.p for module in target.modules() if isinstance(module, nn.Dropout)]
+        rates += [getattr(module, "attention_dropout", 0.0) for module in target.modules()]
+        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
+            return "the target is in training mode and drops out at random"
+    kind = next((weight.device.type for weight in target.parameters() if not weight.is_meta), "cpu")
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != target.dtype:
+        return f"`torch.autocast` computes in {torch.get_autocast_dtype(kind)}, the target is in {target.dtype}"
+    return None
+
+
+def reason_of_attention(chosen: str) -> str | None:
+    """Whether the target's attention is computed by something that trees know nothing of, or `None`."""
+    function = AttentionInterface().get(chosen)
+    while isinstance(function, functools.partial):
+        function = function.func
+    if chosen == "eager" or function is None or function.__module__.split(".")[0] in ("transformers", "kernels"):
+        return None
+    return f"the attention {chosen!r} is registered by {function.__module__}, and a tree is verified by another"
+
+
+def reason_of_preparation(target: PreTrainedModel) -> str | None:
+    """Whether a wrapper of the target puts something of its own into plain decoding's forwards, or `None`."""
+    if "alora_offsets" in _handed_by_hooks(target):
+        return "activated LoRA begins within the prompt"
+    owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
+    if owner is target:
+        return None
+    adapters = getattr(owner, "active_peft_config", None)
+    if adapters is None:
+        return f"{type(owner).__name__} prepares the inputs of the target's forwards"
+    return "PEFT's prompt learning puts tokens of its own before the text" if adapters.is_prompt_learning else None
+
+
+def _handed_by_hooks(target: nn.Module) -> set[str]:
+    """Names of what PEFT hands to its layers by hooks for the length of a call."""
+    hooks = (hook for module in target.modules() for hook in module._forward_pre_hooks.values())
+    return {name for hook in hooks if isinstance(hook, functools.partial) for name in hook.keywords}
+
+
 def reason_of_batch(
-    config: GenerationConfig, settings: TreeSettings, processors: Iterable[Any], criteria: Iterable[Any], streams: bool
+    target: nn.Module,
+    config: GenerationConfig,
+    settings: TreeSettings,
+    processors: Iterable[Any],
+    criteria: Iterable[Any],
+    streams: bool,
 ) -> str | None:
     """Why several sequences must go on in step, or `None`."""
     criteria = list(criteria)
+    if "adapter_names" in _handed_by_hooks(target):
+        return "`adapter_names` belong to the rows of a batch that goes on whole"
     if streams:
         return "a streamer takes the tokens of a batch in step"
     if config.return_dict_in_generate and config.output_hidden_states:

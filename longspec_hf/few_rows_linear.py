@@ -71,10 +71,10 @@ class _FewRowsLinear(nn.Linear):
 def few_rows_view(model: Module) -> Module:
     """`model` with its linear layers computed by `linear`; the model itself is left as it is.
 
-    The view shares parameters, buffers, configurations and every module without a linear layer below it. Only the
-    modules on the way to a linear layer are shallow copies. Layers of other classes, and modules whose `forward` was
-    replaced on the instance (offloading, compilation), run as they do in the model. A model without fp32 parameters
-    on the CPU is returned itself.
+    The view shares parameters, buffers and configurations. Its modules that hold parameters, and those on the way to
+    them, are shallow copies with tables of hooks of their own; all others, as rotary tables, are shared. Layers of
+    other classes, and modules whose `forward` was replaced on the instance (offloading, compilation), run as they do
+    in the model. A model without fp32 parameters on the CPU is returned itself.
     """
     if not any(p.device.type == "cpu" and p.dtype is torch.float32 for p in model.parameters()):
         return model
@@ -88,10 +88,11 @@ def _view(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     is_linear = type(module) is nn.Linear
     changed = any(child is not module._modules[name] for name, child in children.items())
     view = module
-    if is_linear or changed:
+    # A scripted module cannot be copied so.
+    if is_linear or changed or (module._parameters and not isinstance(module, torch.jit.ScriptModule)):
         cls = _FewRowsLinear if is_linear else type(module)
         view = cls.__new__(cls)
-        # Tables of hooks are copied: transformers installs some at the first forward that wants them.
+        # Tables of hooks are copied: transformers installs some, at routers too, at the first forward that wants them.
         own = {
             name: dict_.copy() for name, dict_ in vars(module).items() if "_hooks" in name and isinstance(dict_, dict)
         }

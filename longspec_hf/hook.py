@@ -1,5 +1,4 @@
-"""The seam with transformers: dispatch of `assistant_model=draft`. The only file that uses private names
-of its generation.
+"""The seam with transformers' `generate`: dispatch of `assistant_model=draft`. The only file with private names of it.
 
 Tested with transformers 5.17.0 and the newest 5.x; `install` and `uninstall` are inverse to each other.
 """
@@ -17,7 +16,6 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +27,7 @@ from transformers.generation import (
     PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.pipelines import base as pipelines_base
 from transformers.utils import logging
 
@@ -37,21 +36,21 @@ from .attention_switch import AttentionSwitch
 from .cache import LongSpecCache
 from .cache_layer import GROWTH_ROWS
 from .candidate_generator import LongSpecCandidateGenerator
-from .configuration_longspec import LongSpecDraftConfig
 from .decoding import Decoder
 from .engine import make_engine
-from .fallback import end_tokens, reason_of_batch, reason_of_call, reason_of_chain
+from .fallback import end_tokens, reason_of_attention, reason_of_batch, reason_of_call, reason_of_chain
 from .few_rows_linear import few_rows_view
 from .modeling_longspec import LongSpecDraftModel
-from .placement import draft_device
+from .pipeline_loading import wrap_pipeline_loading
 from .prompts import read_prompts
 from .round_cost import PairTimes
 from .settings import resolve_tree_settings
 from .stats import LongSpecGenerateOutput, SpeculationStats
-from .takeover import hand_back, prepare_cache
+from .takeover import adopt, hand_back, prepare_cache
 from .target import bind, is_compiled
 from .text import OneByOne, TextBuffer, TokenDrawer, pad_texts, stack_scores
 from .tree import TokenTree
+from .tree_probe import WatchedTrees, reason_of_trees
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +80,7 @@ def install() -> None:
         (GenerationMixin, "_assisted_decoding", _wrap_decoding),
         (GenerationMixin, "_get_candidate_generator", _wrap_generator),
         (GenerationMixin, "_validate_generation_mode", _wrap_validation),
-        (pipelines_base, "load_assistant_model", _wrap_pipeline_loading),
+        (pipelines_base, "load_assistant_model", wrap_pipeline_loading),
     ):
         _ORIGINALS[owner, name] = getattr(owner, name)
         setattr(owner, name, wrap(_ORIGINALS[owner, name]))
@@ -137,27 +136,12 @@ def _wrap_validation(original: Callable) -> Callable:
         # What transformers refuses for other drafts only: several sequences, and tokenizers it would compare.
         general = copy.copy(generation_config)
         general.num_return_sequences = 1
+        if self._is_stateful:  # decoded plainly, and refused as assisted decoding
+            generation_mode = GenerationMode.SAMPLE if general.do_sample else GenerationMode.GREEDY_SEARCH
         rest = {name: value for name, value in kwargs.items() if name != "assistant_model"}
         return original(self, generation_mode, general, rest)
 
     return _validate_generation_mode
-
-
-def _wrap_pipeline_loading(original: Callable) -> Callable:
-    """A pipeline looks for a named model's class in transformers, and for its tokenizer: a draft has neither."""
-
-    @functools.wraps(original)
-    def load_assistant_model(model: Any, assistant_model: Any, assistant_tokenizer: Any) -> Any:
-        if isinstance(assistant_model, str):
-            config = AutoConfig.from_pretrained(assistant_model)
-            if isinstance(config, LongSpecDraftConfig):
-                assistant_model = LongSpecDraftModel.from_pretrained(assistant_model, dtype=model.dtype)
-                assistant_model = assistant_model.to(draft_device(config, model))
-        if isinstance(assistant_model, LongSpecDraftModel) and model.can_generate():
-            return assistant_model, None
-        return original(model, assistant_model, assistant_tokenizer)
-
-    return load_assistant_model
 
 
 def _longspec_decoding(
@@ -181,11 +165,14 @@ def _longspec_decoding(
     prompts = read_prompts(input_ids, model_kwargs, draft.device)
     inputs = {**model_kwargs, "synced_gpus": synced_gpus}
     rules = logits_processor, stopping_criteria
-    reason = reason_of_call(target, generation_config, settings, inputs, CACHE_ARG, prompts.positions.shape[1])
+    reason = reason_of_call(target, generation_config, settings, inputs, CACHE_ARG, prompts)
     if not target._supports_attention_backend:
         reason = reason or reason_of_chain(model_kwargs[CACHE_ARG], prompts, generation_config, settings, *rules)
-    elif input_ids.shape[0] > 1:
-        reason = reason or reason_of_batch(generation_config, settings, *rules, streamer is not None)
+    else:
+        if input_ids.shape[0] > 1:
+            reason = reason or reason_of_batch(target, generation_config, settings, *rules, streamer is not None)
+        reason = reason or reason_of_attention(_SWITCH.chosen(target.config.get_text_config(decoder=True)))
+        reason = reason or reason_of_trees(target, input_ids.device, _SWITCH, CACHE_ARG)
     if reason is not None:
         return _plain_decoding(
             target, reason, input_ids, *rules, generation_config, synced_gpus, streamer, **model_kwargs
@@ -292,12 +279,14 @@ class _Runner:
 
     def prefill(self) -> torch.Tensor:
         outputs = self.target._prefill(self.input_ids, self.generation_config, self.model_kwargs)
+        # Phi-3 leaves the cache where its rotary table changes, and makes one of its own.
+        adopt(self.cache, outputs[CACHE_ARG])
         if self.hidden_states is not None:
             self.hidden_states += (outputs.hidden_states,)
         return outputs.logits[:, -1]
 
     def step(self, token: torch.Tensor, position: int) -> torch.Tensor:
-        token = token.to(self.target.device)
+        token = token.to(self.input_ids.device)
         mask = None
         if self.starts is not None:
             rows = torch.arange(self.cache.get_seq_length() + 1, device=token.device)
@@ -326,6 +315,7 @@ class _Runner:
                 None if self.starts is None else self.starts[:sequences],
                 [layer.dropped_rows(sequences) for layer in self.cache.layers],
                 [layer.device for layer in self.cache.layers],
+                [getattr(layer, "window", None) for layer in self.cache.layers],
                 # Left out by PyTorch's attention in transformers 5.17; 5.24 refuses it there, at the prefill already.
                 soft_capped=_SWITCH.chosen(self.text_config) != "sdpa",
             )
@@ -379,6 +369,8 @@ def _attention_forward(
     """The "longspec" attention function: over a tree where the call brings one, else the one the user chose."""
     if (trees := kwargs.pop(TREE_KWARG, None)) is not None:
         taken = {name: kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
+        if isinstance(trees, WatchedTrees):
+            trees.see(attention_mask)
         return tree_attention_forward(query, key, value, trees[module.layer_idx], **taken), None
     chosen = _SWITCH.chosen(module.config)
     if chosen == "eager":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .configuration_longspec import LongSpecDraftConfig
 from .version import __version__
@@ -125,5 +128,11 @@ def _format(value: Any) -> str:
 
 
 def _is_repo_name(name: str | None) -> bool:
-    """Whether a name can be a Hub repository's: `owner/name`, no path."""
-    return name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+    """Whether a name can be a Hub repository's: `owner/name`, neither a folder here nor a path with a drive letter."""
+    if name is None or name.count("/") != 1 or os.path.isdir(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

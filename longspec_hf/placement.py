@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
-from .configuration_longspec import LongSpecDraftConfig
+from .configuration_longspec import LongSpecDraftConfig, resolve_layer
 
 
 def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
@@ -14,17 +16,7 @@ def resolve_layer_idx(draft_config: LongSpecDraftConfig, text_config) -> int:
     Raises:
         ValueError: the target has no such layer.
     """
-    count = text_config.num_hidden_layers
-    types = getattr(text_config, "layer_types", None) or ["full_attention"] * count
-    if draft_config.target_layer_idx == -1:
-        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-        return full[-1] if full else count - 1
-    if not -count <= draft_config.target_layer_idx < count:
-        raise ValueError(
-            f"`target_layer_idx` must be -1 or name one of the target's {count} layers, got "
-            f"{draft_config.target_layer_idx}."
-        )
-    return draft_config.target_layer_idx % count
+    return resolve_layer(draft_config.target_layer_idx, text_config)
 
 
 def draft_device(draft_config: LongSpecDraftConfig, target: PreTrainedModel) -> torch.device:
@@ -34,8 +26,16 @@ def draft_device(draft_config: LongSpecDraftConfig, target: PreTrainedModel) -> 
     if not isinstance(layers, torch.nn.ModuleList):
         return decoder.device
     layer = layers[resolve_layer_idx(draft_config, target.config.get_text_config(decoder=True))]
-    # Offloaded weights lie elsewhere than where accelerate lets the layer run.
-    running = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    if running is not None:
-        return torch.device(f"cuda:{running}") if isinstance(running, int) else torch.device(running)
+    for module in layer.modules():
+        if (running := _running_device(getattr(module, "_hf_hook", None))) is not None:
+            return running
     return next((parameter.device for parameter in layer.parameters()), decoder.device)
+
+
+def _running_device(hook: Any) -> torch.device | None:
+    """Where accelerate lets a module run, which offloaded weights do not tell; `None` without such a hook."""
+    for each in getattr(hook, "hooks", (hook,)):
+        running = getattr(each, "execution_device", None)
+        if running is not None:
+            return torch.device(f"cuda:{running}") if isinstance(running, int) else torch.device(running)
+    return None

@@ -16,11 +16,13 @@ class Prompts:
         token_ids: per sequence, without padding; may lack what only `embeds` hold.
         positions: `[B, n]`, the last ones are the ids'.
         embeds: `[B, n, hidden]` where the prompts are given as embeddings.
+        ids_length: columns of the call's `input_ids`, padding included; 0 where there are embeddings alone.
         starts: int32 `[B]`, first cache row of each sequence that is not padding, `None` without padding.
     """
 
     token_ids: list[list[int]]
     positions: torch.Tensor
+    ids_length: int = 0
     embeds: torch.Tensor | None = None
     starts: torch.Tensor | None = None
 
@@ -41,4 +43,4 @@ def read_prompts(input_ids: torch.LongTensor, model_kwargs: dict[str, Any], devi
         shown = mask[:, mask.shape[1] - length :][:, length - input_ids.shape[1] :].tolist()
         rows = [[token for token, seen in zip(*row, strict=True) if seen] for row in zip(rows, shown, strict=True)]
         starts = starts.to(device=device, dtype=torch.int32)
-    return Prompts(rows, positions.expand(input_ids.shape[0], -1), embeds, starts)
+    return Prompts(rows, positions.expand(input_ids.shape[0], -1), input_ids.shape[1], embeds, starts)

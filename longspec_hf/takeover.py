@@ -20,6 +20,13 @@ def prepare_cache(target: PreTrainedModel, given: Cache, needed: int, at_once: i
     return cache
 
 
+def adopt(cache: LongSpecCache, made: Cache) -> None:
+    """Take the rows that a target has written to a cache of its own instead of the call's, which is still empty."""
+    if made is not cache:
+        for ours, theirs in zip(cache.layers, made.layers, strict=True):
+            ours.load(theirs.keys, theirs.values, theirs.get_seq_length())
+
+
 def hand_back(cache: LongSpecCache, given: Cache) -> None:
     """Let the caller's cache hold the rows, as views: plain decoding would have written them there."""
     for ours, theirs in zip(cache.layers, _layers_for(given, len(cache.layers)), strict=True):

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .configuration_longspec import LongSpecDraftConfig
+from .configuration_longspec import LongSpecDraftConfig, reason_against_drafts
 from .modeling_longspec import LongSpecDraftModel
 from .placement import draft_device, resolve_layer_idx
 from .target_head import TargetHead, beside
 from .tensor_parallel import TensorParallel
 
-FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,14 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         ValueError: sizes, device or dtype do not fit, or the target has no part the draft needs; the message names
             both values.
     """
+    if reason := reason_against_drafts(target.config):
+        raise ValueError(
+            f"`assistant_model` cannot be used with {type(target).__name__}: {reason}. Use another target, or "
+            "generate without a draft."
+        )
     text = target.config.get_text_config(decoder=True)
-    expected = LongSpecDraftConfig.from_target(target.config)
-    for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        ours, theirs = getattr(draft.config, name), getattr(expected, name)
-        if ours != theirs:
-            raise ValueError(
-                f"`assistant_model` does not fit the target: its `{name}` is {ours}, the target's is {theirs}. Load "
-                f"the draft made for this target (this one says {draft.config.target_name_or_path!r}) or train one."
-            )
+    expected = LongSpecDraftConfig.from_target(target.config, target_layer_idx=draft.config.target_layer_idx)
+    _expect_fitting_sizes(draft.config, expected)
     decoder = target.get_decoder()
     rotary = getattr(decoder, "rotary_emb", None)
     head = target.get_output_embeddings()
@@ -124,6 +123,23 @@ def bind(draft: LongSpecDraftModel, target: PreTrainedModel, mixed_precision: bo
         rotary_axes=3 if hasattr(rotary, "mrope_section") else 1,
         parallel=TensorParallel.of(target, draft.config),
     )
+
+
+def _expect_fitting_sizes(ours: LongSpecDraftConfig, theirs: LongSpecDraftConfig) -> None:
+    """Check the sizes that the draft shares with its target, the vocabulary last."""
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"):
+        if (own := getattr(ours, name)) == (other := getattr(theirs, name)):
+            continue
+        message = (
+            f"`assistant_model` does not fit the target: its `{name}` is {own}, the target's is {other}. Load the "
+            f"draft made for this target (this one says {ours.target_name_or_path!r}) or train one."
+        )
+        if name == "vocab_size":  # and nothing else
+            message += (
+                " If the target was resized since (`resize_token_embeddings`) and its tokens have kept their ids, set "
+                f"`draft.config.vocab_size = {other}`: the layer stays as it is."
+            )
+        raise ValueError(message)
 
 
 def _window_of_layer(text_config, layer_idx: int) -> int | None:

@@ -27,14 +27,14 @@ HARD_TIE_ULPS = 2
 
 
 class TextBuffer:
-    """Ids of one sequence, `[1, length]`, appended in place so that a token costs no copy of the text.
+    """Ids of one sequence, int64 `[1, length]`, appended in place so that a token costs no copy of the text.
 
     New tokens go to their device when somebody asks for the ids: a copy would wait for what the device is doing.
     """
 
     def __init__(self, input_ids: torch.Tensor) -> None:
         self.length = input_ids.shape[1]
-        self._buffer = input_ids.new_empty(1, self.length + INITIAL_ROOM)
+        self._buffer = input_ids.new_empty(1, self.length + INITIAL_ROOM, dtype=torch.long)
         self._buffer[:, : self.length] = input_ids
         self._waiting: list[int] = []
 

@@ -78,6 +78,7 @@ class WindowLayer(LongSpecLayer):
         """Write new rows behind the others and return them with the rows that the first of them sees."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.own_buffers()
         count, end = key_states.shape[-2], self.length + key_states.shape[-2]
         first = max(self.length - self.window + 1, 0)
         if self.floor is None and count > self.window - 1 + SLACK_ROWS:
@@ -92,6 +93,7 @@ class WindowLayer(LongSpecLayer):
 
     def make_room(self, lengths: Sequence[int], rows: int) -> None:
         """Let `rows` rows more fit behind the first sequences, which have these lengths."""
+        self.own_buffers()
         needed = 0
         for sequence, length in enumerate(lengths):
             if length + rows - self.offsets[sequence] > self.capacity:
@@ -142,6 +144,7 @@ class WindowLayer(LongSpecLayer):
         self.floor = self.length if may_step_back else None
 
     def remember(self) -> None:
+        super().remember()
         self.floor = None
         self._remembered = None
         if self.length:

@@ -1,5 +1,7 @@
 """Batches: rows of their own lengths, acceptance and end, each equal to its run alone."""
 
+import copy
+
 import pytest
 import torch
 from models import ScriptedDraft, learned, prompt, tiny_target
@@ -62,17 +64,18 @@ def test_rows_equal_their_solo_runs(family, scripts):  # C34, C35
 
 
 def test_finished_rows_cost_no_work(target, monkeypatch):
-    """A row that has ended is neither drafted nor verified any more."""
+    """A row that has ended is neither drafted nor verified any more; its last token is read once all have ended."""
     inputs, alone = padded()
     texts = [target.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist() for ids in alone]
     # An end token that row 1 writes early and the others late or never.
     seen = {*texts[0][:20], *texts[2][:20], *texts[1][:3]}
     end = next(t for t in texts[1][3:12] if t not in seen)
-    widths = []
+    widths, last = [], []
     original = type(target).forward
 
     def forward(self, input_ids=None, **kwargs):
         widths.append(input_ids.shape)
+        last[:] = input_ids.flatten().tolist()
         return original(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(type(target), "forward", forward)
@@ -87,6 +90,9 @@ def test_finished_rows_cost_no_work(target, monkeypatch):
     assert torch.equal(
         out, target.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=0)
     )
+    ends = [([*text, end]).index(end) for text in texts]
+    shorter = sum(row < max(ends) for row in ends)
+    assert widths.pop() == (shorter, 1) and last == [end] * shorter
     rows = [shape[0] for shape in widths[1:]]
     assert rows == sorted(rows, reverse=True) and rows[0] == 3 and min(rows) < 3
     assert drafted == sorted(drafted, reverse=True) and min(drafted) < 3
@@ -143,6 +149,47 @@ def test_the_returned_cache_is_plains_where_rows_go_on(target):
         **{CACHE_ARG: out[CACHE_ARG]},
     )
     assert torch.equal(expected, again)
+
+
+ROUNDS = ["trees", "engine", "compiled", "sampled"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_another_turn_after_rows_ended(family, rounds, request, monkeypatch):
+    """The returned cache has the end tokens' rows too; the filling behind them is masked in the next turn."""
+    if rounds == "engine":
+        request.getfixturevalue("engine_on_cpu")
+    if rounds == "compiled":
+        monkeypatch.setattr("longspec_hf.hook.is_compiled", lambda target: True)
+    model = tiny_target(family)
+    inputs, alone = padded()
+    draft = scripted_rows(model, alone, 32)
+    texts = [script[len(ids[0]) :].tolist() for script, ids in zip(draft.script, alone, strict=True)]
+    end = texts[1][12]
+    kwargs = {"do_sample": False, "eos_token_id": end, "pad_token_id": 0, "return_dict_in_generate": True}
+    if rounds == "sampled":
+        kwargs |= {"do_sample": True, "top_k": 1}
+    addition = torch.cat([prompt(4, seed=seed) for seed in (7, 8, 9)])
+    outs, turns = [], []
+    for assistant in ({}, {"assistant_model": draft}):
+        out = model.generate(**inputs, max_new_tokens=32, **kwargs, **assistant)
+        new = out.sequences[:, max(LENGTHS) :]
+        ended = (new == end).long().cumsum(1) - (new == end).long()
+        mask = torch.cat([inputs["attention_mask"], (ended == 0).long(), torch.ones_like(addition)], dim=1)
+        ids = torch.cat([out.sequences, addition], dim=1)
+        outs.append((mask, copy.deepcopy(out[CACHE_ARG])))
+        cache = {CACHE_ARG: out[CACHE_ARG]}
+        turns.append(model.generate(ids, attention_mask=mask, max_new_tokens=12, **kwargs, **cache).sequences)
+    assert int(mask[:, :-4].min(dim=1).values.sum()) < 3  # some row ended before the others
+    assert torch.equal(*turns)
+    (mask, plain), (_, ours) = outs
+    for layer, expected in zip(ours.layers, plain.layers, strict=True):
+        rows = expected.keys.shape[2]
+        shown = mask[:, : plain.get_seq_length()][:, -rows:].bool()
+        for name in ("keys", "values"):
+            left, right = (getattr(cached, name)[:, :, -rows:].transpose(1, 2)[shown] for cached in (layer, expected))
+            torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
 
 
 def test_several_sequences_of_one_prompt(target):  # C36
@@ -263,3 +310,12 @@ def test_an_exception_in_a_batch_leaves_the_cache_as_it_was(target):
         target.generate(first.sequences, **arguments, assistant_model=draft, **{CACHE_ARG: cache})
     for layer, keys in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_ids_of_32_bits(target, sequences):
+    """The output's have 64, as those of plain decoding."""
+    ids = torch.cat([prompt(9, seed=seed) for seed in range(sequences)]).int()
+    kwargs = {"max_new_tokens": 8, "do_sample": False}
+    plain, out = (target.generate(ids, **kwargs, **draft) for draft in ({}, {"assistant_model": learned(target)}))
+    assert out.dtype is plain.dtype is torch.long and torch.equal(out, plain)

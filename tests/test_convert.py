@@ -153,6 +153,28 @@ def test_only_the_needed_files_are_fetched(tmp_path, folder, monkeypatch):
     assert same_tensors(convert_checkpoint("org/draft"), expected)
 
 
+def test_the_file_of_the_usual_name_is_taken_of_whatever_kind(tmp_path, folder, monkeypatch):
+    expected = convert_checkpoint(folder)
+    as_bin(folder)
+    save_file({"x": torch.ones(1)}, folder / "other.safetensors")
+    assert same_tensors(convert_checkpoint(folder), expected)
+    shards_of_bin = tmp_path / "shards"
+    write_draft(shards_of_bin, AutoConfig.from_pretrained(folder))
+    shards(shards_of_bin, torch.save, ".bin")
+    save_file({"x": torch.ones(1)}, shards_of_bin / "other.safetensors")
+    assert same_tensors(convert_checkpoint(shards_of_bin), expected)
+
+    def fetch(name, allow_patterns, **options):
+        (tmp_path / "local").mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, tmp_path / "local")
+        return str(tmp_path / "local")
+
+    monkeypatch.setattr("longspec_hf.checkpoint_files.snapshot_download", fetch)
+    assert same_tensors(convert_checkpoint("org/draft"), expected)
+
+
 @pytest.mark.parametrize("prefix", ["model.layers.0.", "draft_model.", "module.mlp."])
 def test_a_prefix_is_cut_off(folder, prefix):
     expected = convert_checkpoint(folder)

@@ -296,14 +296,41 @@ def test_the_walk_on_the_device_is_the_walk_on_the_host():
         (lambda model: model.register_forward_hook(lambda *_: None), "hooks of its own"),
         (lambda model: setattr(model.model.layers[0], "forward", model.model.layers[0].forward), "hooks of its own"),
         (lambda model: setattr(model.config, "hidden_act", "gelu"), "silu"),
+        (lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.GELU()), "silu"),
+        (lambda model: setattr(model.model.layers[1], "input_layernorm", torch.nn.RMSNorm(32)), "holds a RMSNorm"),
+        (lambda model: setattr(model.model, "norm", torch.nn.Identity()), "holds a Identity"),
     ],
 )
 def test_targets_that_are_not_as_written_out_are_left_to_transformers(change, word, engine_rounds):
     model = tiny_target(initializer_range=0.1)
     ids = prompt(20, seed=1)
-    plain = call(model, ids).sequences
     change(model)
+    plain = call(model, ids).sequences
     out = call(model, ids, ScriptedDraft(model, plain, "noisy"))
     assert torch.equal(out.sequences, plain)
     assert engine_rounds["greedy_round"] == 0
     assert word in out.speculation_stats.uncaptured_reason
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["hook", "pre-hook"])
+def test_hooks_of_all_modules_are_left_to_transformers(before, engine_rounds):
+    def changed(module, args, output=None):
+        if type(module).__name__ != "LlamaMLP":
+            return None
+        return (1.3 * args[0],) if before else 1.3 * output
+
+    model = tiny_target(initializer_range=0.1)
+    ids = prompt(20, seed=1)
+    modules = torch.nn.modules.module
+    unchanged = call(model, ids).sequences
+    register = modules.register_module_forward_pre_hook if before else modules.register_module_forward_hook
+    hook = register(changed)
+    try:
+        plain = call(model, ids).sequences
+        out = call(model, ids, ScriptedDraft(model, plain, "noisy"))
+    finally:
+        hook.remove()
+    assert torch.equal(out.sequences, plain) and not torch.equal(plain, unchanged)
+    assert engine_rounds["greedy_round"] == 0
+    assert out.speculation_stats.uncaptured_reason == "a hook is registered for all modules"
+    assert call(model, ids, learned(model)).speculation_stats.uncaptured_reason is None

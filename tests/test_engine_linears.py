@@ -157,3 +157,16 @@ def test_the_table_is_read_only_of_ordinary_embeddings(kind, read, monkeypatch):
         for got, wanted in zip(found, add_rms_norm(embed(token_ids), None, norm, 1e-5), strict=True):
             torch.testing.assert_close(got, wanted)
     assert len(reads) == (kind == "ordinary")
+
+
+def test_projections_with_hooks_of_all_modules_are_called():
+    layer = nn.Linear(HIDDEN, HIDDEN, bias=False)
+    assert linears._is_as_made(layer)
+    modules = nn.modules.module
+    for register in (modules.register_module_forward_hook, modules.register_module_forward_pre_hook):
+        hook = register(lambda *_: None)
+        try:
+            assert not linears._is_as_made(layer)
+        finally:
+            hook.remove()
+    assert linears._is_as_made(layer)

@@ -153,6 +153,14 @@ def test_the_unfinished_file_is_not_packed(tmp_path):
     assert example("complete_code").read_others(tmp_path, tmp_path / "x.py", "*.py") == {"deep/y.py": "deep/y.py"}
 
 
+@pytest.mark.parametrize("arguments", [[], ["stats.py"]])
+def test_code_to_complete_must_be_named_and_lie_in_its_folder(tmp_path, arguments):
+    (tmp_path / "folder").mkdir()
+    files = [str(tmp_path / name) for name in arguments]
+    with pytest.raises(ValueError, match="`file` must"):
+        example("complete_code").main([str(tmp_path / "folder"), *files])
+
+
 def test_a_long_document_is_cut_and_that_is_said(capsys):
     cut = example("summarize_document").cut
     assert cut(word_tokenizer(), "w7 w8 w9", 3) == "w7 w8 w9" and capsys.readouterr().err == ""

@@ -77,13 +77,14 @@ def test_everything_else_is_f_linear(case, calls):
     assert calls == []
 
 
-def test_a_view_shares_everything_but_the_way_to_its_linear_layers():
+def test_a_view_shares_all_tensors_and_what_has_no_parameters():
     target = tiny_target("qwen2")
     view = few_rows_view(target)
     assert type(view) is type(target) and view.config is target.config
     parameters = dict(target.named_parameters())
     assert {name: id(p) for name, p in view.named_parameters()} == {name: id(p) for name, p in parameters.items()}
-    assert view.model.embed_tokens is target.model.embed_tokens and view.model.norm is target.model.norm
+    assert view.model.rotary_emb is target.model.rotary_emb
+    assert view.model.norm is not target.model.norm and view.model.norm.weight is target.model.norm.weight
     linears = [m for m in target.modules() if isinstance(m, nn.Linear)]
     of_view = [m for m in view.modules() if isinstance(m, nn.Linear)]
     assert len(linears) == len(of_view) > 0
@@ -110,6 +111,34 @@ def test_hooks_that_a_forward_installs_stay_on_the_view():
         assert len(out.hidden_states) == 3
         assert [len(m._forward_hooks) for m in target.modules()] == before
         assert len(target(prompt(5)).hidden_states) == 3
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_hooks_on_routers_stay_on_the_view(family):
+    """They have a weight but no linear layer."""
+    target, ids = tiny_target(family), prompt(5)
+    before = [len(m._forward_hooks) for m in target.modules()]
+    view = few_rows_view(target)  # before the target's own first such forward, as in a call
+    with torch.no_grad():
+        expected = target(ids, output_hidden_states=True, output_router_logits=True)
+        hooked = [len(m._forward_hooks) for m in target.modules()]
+        out = view(ids, output_hidden_states=True, output_router_logits=True)
+        assert hooked == [len(m._forward_hooks) for m in target.modules()] != before
+        assert len(out.router_logits) == len(expected.router_logits) == 2
+        again = target(ids, output_router_logits=True)
+    for ours, theirs in zip(out.router_logits + again.router_logits, 2 * expected.router_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_and_parametrised_modules_in_a_view():
+    norm = torch.jit.script(nn.LayerNorm(8))
+    model = nn.Sequential(nn.Linear(8, 8), norm, nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    view = few_rows_view(model)
+    assert view[1] is norm
+    with torch.no_grad():
+        x = torch.randn(4, 8)
+        torch.testing.assert_close(view(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_of_the_model_run_in_the_view():

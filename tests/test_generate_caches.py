@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import learned, prompt, scripted
+from models import learned, prompt, scripted, tiny_target
 from test_generate_options import NEW, compare
 from transformers import DynamicCache, StaticCache
 
@@ -95,6 +95,51 @@ def test_our_cache_can_be_copied(target):
                 more, max_new_tokens=10, do_sample=False, assistant_model=learned(target), **{CACHE_ARG: cache}
             ),
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("second", ["plain", "draft", "forward"])
+def test_a_cache_made_in_inference_mode_is_written_outside(family, second):
+    model = tiny_target(family)
+    kwargs = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        first = model.generate(prompt(20), assistant_model=learned(model), **kwargs)
+    text = torch.cat([first.sequences.clone(), prompt(4, seed=9)], dim=1)
+    expected = model.generate(text, **kwargs).sequences
+    cache = {CACHE_ARG: first[CACHE_ARG]}
+    if second == "forward":
+        with torch.no_grad():
+            logits = model(text[:, 29:], **cache).logits
+        assert int(logits[0, -1].argmax()) == int(expected[0, 34])
+        return
+    draft = {"assistant_model": learned(model)} if second == "draft" else {}
+    out = model.generate(text, **kwargs, **cache, **draft)
+    assert torch.equal(out.sequences, expected)
+    assert not any(layer.keys.is_inference() for layer in out[CACHE_ARG].layers)
+
+
+def test_a_compiled_target_writes_a_cache_of_inference_mode():
+    torch._dynamo.reset()
+    model = tiny_target("gemma3")
+    kwargs = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True}
+    with torch.inference_mode():
+        first = model.generate(prompt(20), assistant_model=learned(model), **kwargs)
+    text = torch.cat([first.sequences.clone(), prompt(4, seed=9)], dim=1)
+    expected = model.generate(text, **kwargs).sequences
+    model.forward = torch.compile(model.forward, backend="eager")
+    out = model.generate(text, assistant_model=learned(model), **kwargs, **{CACHE_ARG: first[CACHE_ARG]})
+    assert torch.equal(out.sequences, expected)
+
+
+def test_a_cropped_cache_of_inference_mode_is_written_outside(target):
+    """Nothing grows, so nothing is copied but for that."""
+    kwargs = {"do_sample": False, "assistant_model": learned(target)}
+    with torch.inference_mode():
+        first = target.generate(prompt(9), max_new_tokens=40, return_dict_in_generate=True, **kwargs)
+    first[CACHE_ARG].crop(-30)
+    text = first.sequences[:, :20].clone()
+    expected = target.generate(text, max_new_tokens=5, do_sample=False)
+    assert torch.equal(target.generate(text, max_new_tokens=5, **kwargs, **{CACHE_ARG: first[CACHE_ARG]}), expected)
 
 
 @pytest.mark.parametrize("turns", ["full", "new"])

@@ -36,7 +36,9 @@ def test_a_round_has_one_metadata_per_device_and_kind_of_layer():
     lengths, starts = torch.tensor([7, 9], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
     cpu, other = torch.device("cpu"), torch.device("meta")
     dropped = [None, (1, 2), None, (1, 2), None]
-    layers = TreeAttention.per_layer(tree, lengths, starts, dropped, [cpu, cpu, other, other, cpu])
+    layers = TreeAttention.per_layer(
+        tree, lengths, starts, dropped, [cpu, cpu, other, other, cpu], [None, 4, None, 4, None]
+    )
     assert layers[0] is layers[4]
     assert len({id(layer) for layer in layers}) == 4
     assert layers[1].prefix_lens.tolist() == [6, 7]

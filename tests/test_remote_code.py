@@ -1,6 +1,7 @@
 """`trust_remote_code=True`: the exported folder loads where the package is installed and says so where it is not."""
 
 import json
+import shutil
 
 import pytest
 from processes import run_python
@@ -65,10 +66,48 @@ def test_the_export_is_the_draft_and_one_file_more(saved, tmp_path):
     assert LongSpecDraftModel.from_pretrained(folder).config.draft_vocab_size == 32
 
 
+def test_what_training_left_stays_behind(saved, tmp_path):
+    _, draft = saved
+    run = tmp_path / "run"
+    shutil.copytree(draft, run)
+    (run / "checkpoint-2").mkdir()
+    shutil.copy(draft / "model.safetensors", run / "checkpoint-2")
+    for name in ("optimizer.pt", "scheduler.pt", "training_args.bin", "trainer_state.json", "rng_state_0.pth"):
+        (run / name).touch()
+    folder = export_with_remote_code(run, tmp_path / "deep" / "exported")
+    assert {path.name for path in folder.iterdir()} == {path.name for path in draft.iterdir()} | {CODE_FILE}
+    assert [path.name for path in folder.parent.iterdir()] == ["exported"]
+
+
+def test_an_interrupted_export_leaves_nothing(saved, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("shutil.copytree", fail)
+    with pytest.raises(OSError, match="No space"):
+        export_with_remote_code(saved[1], tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_without_weights_is_not_exported(saved, tmp_path, capsys):
+    draft = tmp_path / "draft"
+    shutil.copytree(saved[1], draft)
+    (draft / "model.safetensors").rename(draft / "training_args.bin")
+    assert main(["export", str(draft), "--output", str(tmp_path / "x")]) == 2
+    assert "`draft` must hold weights" in capsys.readouterr().err
+    for content, message in (("[]", "with one JSON object, got a list"), ("{", "cannot be read")):
+        (draft / "config.json").write_text(content)
+        assert main(["export", str(draft), "--output", str(tmp_path / "x")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_what_cannot_be_exported(saved, tmp_path):
     target, draft = saved
     with pytest.raises(ValueError, match=r"`draft` must be a folder or a Hub id of a LongSpec draft, got .*'llama'"):
         export_with_remote_code(target, tmp_path / "x")
     with pytest.raises(ValueError, match="`output_dir` must be a new or empty folder"):
         export_with_remote_code(draft, draft)
+    with pytest.raises(ValueError, match="`output_dir` must not lie in the draft's own folder"):
+        export_with_remote_code(draft, draft / "exported")
     assert not (tmp_path / "x").exists()

@@ -13,6 +13,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", help="Hub id or folder of the checkpoint")
     parser.add_argument("--target", help="Hub id or folder of the target; by default the one the checkpoint names")
+    parser.add_argument("--revision", help="branch, tag or commit of the checkpoint on the Hub")
+    parser.add_argument("--dtype", help="of the draft, such as bfloat16; by default the checkpoint's")
     parser.add_argument("--output", required=True, help="folder to write the draft to")
     parser.set_defaults(run=run)
 
@@ -20,5 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..convert import convert_checkpoint
 
-    convert_checkpoint(args.source, target=args.target, output_dir=args.output)
+    convert_checkpoint(
+        args.source, target=args.target, output_dir=args.output, revision=args.revision, dtype=args.dtype
+    )
     print(args.output)

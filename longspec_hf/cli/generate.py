@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from ..pairs import encode_prompts
 from .continuation import print_continuation
 from .options import (
@@ -47,7 +49,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.file, args.prompt)
     pair = load_pair_of(args)
-    inputs = encode_prompts(pair, [prompt], args.chat, args.system)
+    try:
+        inputs = encode_prompts(pair, [prompt], args.chat, args.system)
+    except TemplateError as error:
+        refused = "`system` must be a message" if args.system is not None else "the prompt must be one"
+        raise ValueError(
+            f"{refused} that the target's chat template takes, which says: {error}. Leave it out or use `--no-chat`."
+        ) from error
     length = inputs["input_ids"].shape[1]
     warn_of_context(pair, length, args.max_new_tokens)
     print_continuation(args, pair, inputs, args.quiet)

@@ -16,6 +16,12 @@ from ..pairs import DTYPES, EMBEDDED, Pair, load_pair
 from ..settings import TREE_SETTINGS
 
 SAMPLING = ("top_p", "top_k", "min_p")
+FLOATING = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +74,25 @@ def add_decoding_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
         default=None,
         help="run rounds on a GPU as captured CUDA graphs, where the target allows it",
     )
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, as the `type` of an option."""
+    number = int(text) if text.strip().lstrip("+-").isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return number
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The floating-point dtype of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in FLOATING:
+        raise ValueError(f"`dtype` must be one of {', '.join(FLOATING)}, got {name!r}.")
+    return FLOATING[name]
 
 
 def _shape_part(text: str) -> int | str:

@@ -20,4 +20,4 @@ def make_engine(
     reason = reason_against_engine(target, draft, bound, settings, cache, wants_hidden_states)
     if reason is None:
         return Engine(target, generator, cache), None
-    return None, reason if target.device.type in ENGINE_DEVICES else None
+    return None, reason if draft.device.type in ENGINE_DEVICES else None

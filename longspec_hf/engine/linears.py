@@ -24,6 +24,7 @@ from longspec_hf_kernels import (
     silu_and_multiply,
 )
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 from .capture import together
 
@@ -101,4 +102,10 @@ def _are_ordinary(*projections: Any) -> bool:
 
 def _is_as_made(module: nn.Module) -> bool:
     """Whether nobody has given the module a forward or hooks of their own."""
-    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or hooks_of_all_modules()
+    return not hooks and "forward" not in vars(module)
+
+
+def hooks_of_all_modules() -> list[Any]:
+    """What somebody has registered for every module there is, as by `register_module_forward_hook`."""
+    return [*nn_module._global_forward_hooks.values(), *nn_module._global_forward_pre_hooks.values()]

@@ -23,8 +23,8 @@ class AnchorOffsetCollator:
     place, as everywhere in transformers: the shift happens in the loss.
 
     The k-th batch after `batches_drawn` is set draws the same offsets whatever came before, so a resumed run repeats
-    an uninterrupted one. Every row draws by itself: batches that several processes take in turn have the offsets that
-    one process would draw for them joined together.
+    an uninterrupted one, and with `dataloader_num_workers` as without. Every row draws by itself: batches that several
+    processes take in turn have the offsets that one process would draw for them joined together.
 
     Args:
         pad_token_id: filler of `input_ids`.
@@ -32,9 +32,12 @@ class AnchorOffsetCollator:
         seed: seed of the offsets.
         batches_drawn: number of batches this process has drawn already.
         process_index, num_processes: which of how many processes takes these batches.
+        batch_size: rows of a full batch, so that the rows of a shorter one at an epoch's end draw anew; by default
+            the largest batch so far. The trainer sets it.
 
     Raises:
-        ValueError: a row is empty, has labels of another length, or is longer than `max_position`.
+        ValueError: `pad_token_id` is negative; or, of a batch, a row is empty, has labels of another length, or is
+            longer than `max_position`.
     """
 
     pad_token_id: int = 0
@@ -43,11 +46,36 @@ class AnchorOffsetCollator:
     batches_drawn: int = 0
     process_index: int = 0
     num_processes: int = 1
+    batch_size: int | None = None
     _calls: int = field(default=0, init=False, repr=False)
+    _largest: int = field(default=0, init=False, repr=False)
+    # Batches drawn and how often they were set.
+    _shared: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _times_set: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.pad_token_id < 0:
+            raise ValueError(
+                f"`pad_token_id` must be a token's id, got {self.pad_token_id}. Padding is never seen, so any will "
+                "do, such as 0."
+            )
+
+    def share_with_workers(self) -> None:
+        """Let `set_batches_drawn` reach the copies in data loader workers that outlive an epoch."""
+        if self._shared is None:
+            self._shared = torch.zeros(2, dtype=torch.long).share_memory_()
 
     def set_batches_drawn(self, count: int) -> None:
-        """Continue as if `count` batches had been drawn."""
+        """Continue as if `count` batches had been drawn; data loader workers that start afterwards do, too."""
         self.batches_drawn, self._calls = count, 0
+        self._times_set += 1
+        if self._shared is not None:
+            self._shared.copy_(torch.tensor([count, self._times_set]))
+
+    def _take_shared(self) -> None:
+        if self._shared is not None and int(self._shared[1]) != self._times_set:
+            self.batches_drawn, self._times_set = self._shared.tolist()
+            self._calls = 0
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
@@ -57,7 +85,8 @@ class AnchorOffsetCollator:
         ]
         length = max(len(row_ids) for row_ids in ids)
         self._check(ids, labels, length)
-        first = self._batch_number() * len(ids)
+        self._largest = max(self._largest, len(ids))
+        first = self._batch_number() * max(self.batch_size or self._largest, len(ids))
         positions = []
         for row in range(first, first + len(ids)):
             anchors, offset = (0, 0)
@@ -72,6 +101,7 @@ class AnchorOffsetCollator:
         }
 
     def _batch_number(self) -> int:
+        self._take_shared()
         worker = get_worker_info()
         # Workers take batches in turn, each with its own copy of this object.
         index = self._calls if worker is None else self._calls * worker.num_workers + worker.id

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +31,7 @@ TEXT_SUFFIXES = (
     ".rs",
     ".ipynb",
 )
+SHOWN = 40  # characters of a wrong line in a message
 
 
 class PackedRows(Dataset):
@@ -104,39 +106,90 @@ def read_texts(paths: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase |
     """Texts of files and folders.
 
     Plain-text files are one text each; every line of a `.jsonl` file is an object with `text`, or with `messages`,
-    which the tokenizer's chat template turns into a text. Folders are searched for plain-text files. Undecodable files
-    are passed over, as a folder of sources may hold some.
+    which the tokenizer's chat template turns into a text; blank lines are none. Folders are searched for plain-text
+    files, and what of these is no UTF-8 is passed over, as a folder of sources may hold some.
 
     Raises:
-        ValueError: a path does not exist, or a line holds neither field.
+        ValueError: a path does not exist, a file named by itself is no UTF-8, or a line holds neither field.
+        OSError: a file named by itself cannot be read.
     """
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"`paths` names {path}, which does not exist.")
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-            yield from (text for file in files if (text := _read(file)))
+            yield from (text for file in files if (text := read_found_file(file)))
         elif path.suffix in (".jsonl", ".json"):
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    yield _text_of(json.loads(line), tokenizer, f"line {number} of {path}")
+            for place, record in read_json_lines(path):
+                yield _text_of(record, tokenizer, place)
         elif text := _read(path):
             yield text
 
 
-def _read(path: Path) -> str | None:
+def read_found_file(path: Path) -> str | None:
+    """The text of a file that a search came upon; None if it is no UTF-8 or cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError):
         return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`paths` names {path}, expected UTF-8 text, got other bytes ({error}). Convert it or leave it out."
+        ) from error
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON lines, each with its place, "line 3 of x.jsonl"; blank lines are passed over.
+
+    Raises:
+        ValueError: a line is no JSON object in UTF-8.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"line {number} of {path}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                record = json.loads(text) if text else {}
+            except ValueError as error:  # of the bytes or of the JSON in them
+                raise ValueError(_no_object(place, line, f" ({error})")) from error
+            if not isinstance(record, dict):
+                raise ValueError(_no_object(place, line))
+            if text:
+                yield place, record
+
+
+def _no_object(place: str, line: bytes, reason: str = "") -> str:
+    text = line.decode("utf-8-sig", errors="replace").strip()
+    shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return (
+        f"{place} must be a JSON object in UTF-8, got {shown!r}{reason}. Write one object a line: no array around "
+        "them, and none over several lines."
+    )
 
 
 def _text_of(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, place: str) -> str:
     if isinstance(record.get("text"), str):
         return record["text"]
     if record.get("messages") and tokenizer is not None:
-        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        try:
+            return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{place} has `messages`, expected some that the tokenizer's chat template takes, which says: "
+                f"{_first_line(error)}"
+            ) from error
+    if record.get("messages"):
+        raise ValueError(f"{place} has `messages`, which need a `tokenizer` with a chat template, got None.")
     raise ValueError(f"`paths`: {place} must have `text` or `messages`, got the fields {sorted(record)}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def pack_texts(

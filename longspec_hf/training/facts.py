@@ -15,11 +15,11 @@ from .arguments import LongSpecTrainingArguments
 def training_facts(args: LongSpecTrainingArguments, state: TrainerState) -> dict[str, Any]:
     """Steps, tokens, losses, settings, device and versions by name."""
     logged = [entry for entry in state.log_history if "ce" in entry]
-    runtime = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
+    ended = [entry for entry in state.log_history if "train_runtime" in entry][-1:]
     facts: dict[str, Any] = {
         "steps": state.global_step,
         "tokens": int(sum(entry["positions"] for entry in logged)),
-        "seconds": float(sum(runtime)),
+        "seconds": float(sum(entry["train_runtime"] + entry.get("earlier_runtime", 0.0) for entry in ended)),
         "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "optimizer": "muon, adamw for vectors" if args.muon else str(getattr(args.optim, "value", args.optim)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import read_json_lines
 from .tau import TauInput
 
 TASKS = {
@@ -31,7 +32,10 @@ def package_sources(packages: Iterable[str]) -> list[Path]:
     """
     files = []
     for package in packages:
-        spec = find_spec(package)
+        try:
+            spec = find_spec(package)
+        except ModuleNotFoundError:  # of `package` in `package.part`
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
                 f"`packages` names {package!r}, which is not an installed package. Install it or leave it out."
@@ -147,12 +151,12 @@ def generate_outputs(
     temperature: float,
     seed: int,
     batch_size: int = 1,
-) -> list[TauInput]:
-    """The prompts with what plain `generate` makes of them.
+) -> Iterator[tuple[int, TauInput]]:
+    """Places of prompts in `prompts`, each with the prompt and what plain `generate` makes of it, as they get done.
 
     Args:
         target: the target.
-        prompts: prompts; batches are made of neighbours by length and padded on the left.
+        prompts: prompts; batches are made of neighbours by length, the shortest first, and padded on the left.
         new_tokens: longest output.
         temperature: of sampling; 0 is greedy.
         seed: batch k is sampled with seed + k.
@@ -162,7 +166,6 @@ def generate_outputs(
     ends = target.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].prompt_ids))
-    texts: dict[int, TauInput] = {}
     for number, first in enumerate(range(0, len(order), batch_size)):
         batch = order[first : first + batch_size]
         length = max(len(prompts[index].prompt_ids) for index in batch)
@@ -179,8 +182,7 @@ def generate_outputs(
         for index, row_ids in zip(batch, output[:, length:].tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(row_ids) if token in ends), len(row_ids))
             prompt = prompts[index]
-            texts[index] = TauInput(prompt.prompt_ids, row_ids[:end], prompt.name, prompt.kind, decoding, temperature)
-    return [texts[index] for index in range(len(prompts))]
+            yield index, TauInput(prompt.prompt_ids, row_ids[:end], prompt.name, prompt.kind, decoding, temperature)
 
 
 def save_texts(path: str | Path, texts: Iterable[TauInput]) -> None:
@@ -193,6 +195,18 @@ def save_texts(path: str | Path, texts: Iterable[TauInput]) -> None:
 
 
 def load_texts(path: str | Path) -> list[TauInput]:
-    """Read texts written by `save_texts`."""
-    with open(path, encoding="utf-8") as lines:
-        return [TauInput(**json.loads(line)) for line in lines]
+    """Read texts written by `save_texts`.
+
+    Raises:
+        ValueError: a line is no such text.
+    """
+    texts = []
+    for place, record in read_json_lines(path):
+        try:
+            texts.append(TauInput(**record))
+        except TypeError as error:
+            raise ValueError(
+                f"{place} must be a held-out text with `prompt_ids` and `output_ids`, got the fields "
+                f"{sorted(record)}. Make the file with examples/evaluate_tau.py."
+            ) from error
+    return texts

@@ -84,7 +84,7 @@ def chunked_loss(
     chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> LossSums:
-    """Cross-entropy on the text and KL to the target, summed over positions.
+    """Cross-entropy on the text and KL to the target, summed over positions; zero where there are none.
 
     Args:
         hidden: `[N, hidden]` input of the head (after the final norm).
@@ -118,6 +118,8 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient[part] = chunk_gradient
             sums = chunk_sums if sums is None else sums + chunk_sums
         ctx.save_for_backward(gradient)
+        if sums is None:  # no positions
+            sums = head.weight.new_zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32))
         ce, kl = sums.unbind()
         return weights[0] * ce + weights[1] * kl, ce, kl
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -20,15 +21,17 @@ from ..embedded import embedded_target_folder
 from ..modeling_longspec import LongSpecDraftModel
 from .arguments import LongSpecTrainingArguments
 from .collator import AnchorOffsetCollator
-from .data import PackedRows, load_token_rows, pack_texts, read_texts, rows_from_dataset
+from .data import PackedRows, pack_texts, read_texts, rows_from_dataset
 from .heldout import load_texts
 from .processes import export_draft, loaded_whole
-from .tau import TauEvaluator
+from .tau import TauEvaluator, TauInput
+from .token_files import load_token_files
 from .trainer import LongSpecTrainer
 from .vocabulary import count_tokens, most_frequent_tokens, set_draft_vocabulary
 
 DESCRIPTION = "Train a LongSpec draft for a target; docs/training.md has the stages and what the options do."
 EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded target is called on the Hub
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 STAGES = {"short": (1536, True), "long": (6144, False), "outputs": (6144, False)}  # row length, anchor offset
 
 
@@ -71,19 +74,61 @@ class ScriptArguments:
     compile_target: bool = field(default=False, metadata={"help": "Run the target through torch.compile."})
 
 
-def load_rows(args: ScriptArguments, tokenizer, length: int) -> Dataset:
-    """All training rows of the given sources."""
-    parts: list[Dataset] = []
-    for name in args.tokens:
-        path, _, times = name.partition("*")
-        path, _, first_label = path.partition("@")
-        parts += [load_token_rows(path, length, int(first_label or 0))] * int(times or 1)
+def check_arguments(args: ScriptArguments) -> None:
+    """Refuse arguments that mean nothing, before anything is loaded.
+
+    Raises:
+        ValueError: the message names the argument.
+    """
+    if args.target_dtype not in DTYPES:
+        raise ValueError(f"`target_dtype` must be one of {', '.join(DTYPES)}, got {args.target_dtype!r}.")
+    if args.length is not None and args.length < 2:
+        raise ValueError(f"`length` must be at least 2, a token and the next, got {args.length}.")
+    for name in ("draft_vocab_size", "intermediate_size"):
+        if args.draft and getattr(args, name) is not None:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, expected none beside `draft` ({args.draft}), which has its own. "
+                "Leave one of the two out."
+            )
+
+
+def load_tau_texts(path: str, vocab_size: int) -> list[TauInput]:
+    """The held-out texts of a file, all with a prompt and an output.
+
+    Raises:
+        ValueError: the file holds no texts, one without a prompt or an output, or ids that are not the target's.
+    """
+    texts = load_texts(path)
+    if not texts:
+        raise ValueError(f"`tau_texts` ({path}) is empty, expected held-out texts. Make it with `evaluate_tau.py`.")
+    for number, text in enumerate(texts, 1):
+        if not text.prompt_ids or not text.output_ids:
+            raise ValueError(
+                f"`tau_texts` ({path}): text {number} must have tokens in `prompt_ids` and `output_ids`, got "
+                f"{len(text.prompt_ids)} and {len(text.output_ids)}. Run `evaluate_tau.py generate` on the prompts "
+                "first."
+            )
+        smallest, largest = (choose(text.prompt_ids + text.output_ids) for choose in (min, max))
+        if smallest < 0 or largest >= vocab_size:
+            raise ValueError(
+                f"`tau_texts` ({path}): text {number} has ids from {smallest} to {largest}, expected 0 to "
+                f"{vocab_size - 1}, the target's. Make the file with this target."
+            )
+    return texts
+
+
+def load_rows(args: ScriptArguments, tokenizer, length: int, vocab_size: int | None = None) -> Dataset:
+    """All training rows of the given sources; ids of `tokens` are checked against the target's `vocab_size`."""
+    parts = load_token_files(args.tokens, length, vocab_size)
     if args.texts:
         parts.append(PackedRows(pack_texts(read_texts(args.texts, tokenizer), tokenizer), length))
     if args.dataset:
         from datasets import load_dataset
 
-        parts.append(rows_from_dataset(load_dataset(args.dataset, split="train"), tokenizer, length))
+        dataset = load_dataset(args.dataset, split="train")
+        if not len(dataset):
+            raise ValueError(f"`dataset` ({args.dataset}) has no rows in its train split. Leave it out.")
+        parts.append(rows_from_dataset(dataset, tokenizer, length))
     if not parts:
         raise ValueError(
             "`tokens`, `texts` and `dataset` are all empty, expected at least one source of training data."
@@ -132,14 +177,17 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> LongSpe
     """
     parser = HfArgumentParser((ScriptArguments, LongSpecTrainingArguments), prog=prog, description=DESCRIPTION)
     args, training_args = parser.parse_args_into_dataclasses(arguments)
+    check_arguments(args)
     set_seed(training_args.seed)  # a fresh draft is the same in every process
     with training_args.main_process_first():
         name = str(embedded_target_folder()) if args.target == "embedded" else args.target
     tokenizer = AutoTokenizer.from_pretrained(name)
     length, anchor_offset = STAGES[args.stage]
-    length = args.length or length
+    length = length if args.length is None else args.length
     anchor_offset = anchor_offset if args.anchor_offset is None else args.anchor_offset
-    rows = load_rows(args, tokenizer, length)
+    vocab_size = AutoConfig.from_pretrained(name).get_text_config(decoder=True).vocab_size
+    rows = load_rows(args, tokenizer, length, vocab_size)
+    tau_texts = load_tau_texts(args.tau_texts, vocab_size) if args.tau_texts else None
     with loaded_whole(training_args):
         target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.target_dtype))
         draft = make_draft(args, target, rows)
@@ -157,7 +205,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> LongSpe
         data_collator=AnchorOffsetCollator(
             tokenizer.pad_token_id or 0, context if anchor_offset else None, seed=training_args.seed
         ),
-        tau_evaluator=TauEvaluator(load_texts(args.tau_texts)) if args.tau_texts else None,
+        tau_evaluator=None if tau_texts is None else TauEvaluator(tau_texts),
     )
     if args.export:
         trainer.add_callback(ExportAtSave(args.export, target.dtype))

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 class TimeBudget(TrainerCallback):
     """Stops training when `seconds` have passed since its first step, and tells how much has.
 
-    The first process's clock counts for all: learning rates and ends that differ would pull them apart.
+    The first process's clock counts for all: learning rates and ends that differ would pull them apart. What a run
+    has spent goes into its checkpoints, and `resume` takes it up again.
 
     Args:
         seconds: the budget.
@@ -26,15 +27,25 @@ class TimeBudget(TrainerCallback):
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.began: float | None = None
-        self.spent = 0.0
+        self.resume(0.0)
+
+    def resume(self, passed: float) -> None:
+        """Begin with the next step, `passed` seconds of the budget being gone; 0 is a new run."""
+        self._before = passed
+        self._began: float | None = None
+        self.spent = min(passed / self.seconds, 1.0)
+
+    @property
+    def passed(self) -> float:
+        """Seconds of the budget that have passed by now."""
+        return self._before + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if self.began is None:
-            self.began = time.monotonic()
+        if self._began is None:
+            self._began = time.monotonic()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        passed = (time.monotonic() - (self.began or 0.0)) / self.seconds
+        passed = self.passed / self.seconds
         if args.world_size > 1:
             passed = float(broadcast(torch.tensor(passed, device=args.device)))
         self.spent = min(passed, 1.0)

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..model_card import make_model_card, save_model_card
 from ..modeling_longspec import LongSpecDraftModel
 from ..target import BoundTarget, bind
 from .arguments import LongSpecTrainingArguments
 from .collator import IGNORED, AnchorOffsetCollator
+from .evaluation import DraftEvaluation, draft_of
 from .facts import training_facts
 from .losses import FrozenHead, LossSums, chunked_loss
 from .positions import max_positions
-from .processes import check_sharding, check_target, whole_draft
+from .processes import check_sharding, check_target
+from .resume import BeginRun, ContinueOffsets, read_record, write_record
 from .schedule import TimeBudget, budget_schedule
 from .target_states import read_target
-from .tau import TauEvaluator, summarize
+from .tau import TauEvaluator
 from .vocabulary import rows_of_tokens
 
 
-class LongSpecTrainer(Trainer):
+class LongSpecTrainer(DraftEvaluation):
     """A `Trainer` whose model is the draft; saving, resuming and sharding see nothing else.
 
     Per batch: one forward of the target without gradients, keeping one layer's K/V and the final hidden state; one
@@ -41,12 +43,13 @@ class LongSpecTrainer(Trainer):
         target_model: the target it is trained for; may be quantised, sharded or offloaded. Its parameters are frozen.
         args: training arguments.
         data_collator: by default an [`AnchorOffsetCollator`] up to the target's context length.
-        tau_evaluator: measures tau on held-out texts at every evaluation.
+        tau_evaluator: measures tau on held-out texts at every evaluation, with or without an `eval_dataset`.
         **kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: the draft does not fit the target (the message names both values), or the processes are set up so
-            that a part of the target or of the written draft would be missing.
+        ValueError: the draft does not fit the target (the message names both values), there are no rows or no token
+            to pad them with, or the processes are set up so that a part of the target or of the written draft would
+            be missing.
     """
 
     model: LongSpecDraftModel
@@ -64,7 +67,7 @@ class LongSpecTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = LongSpecTrainingArguments(output_dir="tmp_trainer") if args is None else args
-        draft = _draft_of(model)
+        draft = draft_of(model)
         # The optimiser's small updates would be lost in half-precision weights.
         model = model.float() if draft.dtype in (torch.bfloat16, torch.float16) else model
         check_target(target_model, args.world_size)
@@ -76,19 +79,27 @@ class LongSpecTrainer(Trainer):
         if data_collator is None:
             pad = text_config.pad_token_id or 0
             data_collator = AnchorOffsetCollator(pad, max_positions(text_config), seed=args.seed)
+        _check_rows(kwargs.get("train_dataset"), data_collator, text_config.vocab_size)
         self.tau_evaluator = tau_evaluator
         args.remove_unused_columns = False  # the collator decides
         args.label_names = ["labels"]
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every step uses all
         args._n_gpu = min(args.n_gpu, 1)  # with more, `Trainer` copies the draft to all GPUs, with the target on one
-        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        strategy = args.eval_strategy
+        if kwargs.get("eval_dataset") is None and self._measures_tau(args):
+            args.eval_strategy = IntervalStrategy.NO  # `Trainer` knows no evaluation without a dataset
+        try:
+            super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        finally:
+            args.eval_strategy = strategy
         check_sharding(model, args.muon, self.accelerator)
         # `compute_loss` divides by the number of labelled positions of the whole step, accumulation included.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._micro_batch = (-1, 0)
         self._sums: dict[str, torch.Tensor] = {}
+        self._began, self._earlier = time.monotonic(), 0.0
         self._borrowed: tuple[BoundTarget, FrozenHead, torch.Tensor | None] | None = None
         if args.muon:
             from .muon import MuonWithAdamW, muon_settings  # needs a newer torch than the rest
@@ -98,15 +109,18 @@ class LongSpecTrainer(Trainer):
         if args.max_train_seconds is not None:
             self._budget = TimeBudget(args.max_train_seconds)
             self.add_callback(self._budget)
+        self.add_callback(BeginRun(self))
         if isinstance(data_collator, AnchorOffsetCollator):
-            self.add_callback(_ContinueOffsets(data_collator))
+            self.add_callback(ContinueOffsets(self, data_collator))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """transformers' scheduler, or the one over `max_train_seconds`."""
         if self._budget is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
+        self._budget.resume(0.0)  # the schedule asks for the first step's rate at once
         warmup = self.args.get_warmup_steps(num_training_steps)
         self.lr_scheduler = budget_schedule(optimizer or self.optimizer, self._budget, warmup, num_training_steps)
+        self._created_lr_scheduler = True  # `Trainer` then makes another for the next run
         return self.lr_scheduler
 
     def compute_loss(
@@ -131,7 +145,7 @@ class LongSpecTrainer(Trainer):
 
     def loss_sums(self, model: nn.Module, inputs: dict[str, torch.Tensor], shifts: list[int]) -> LossSums:
         """Loss sums of a batch whose rows are split evenly among cross-attention `shifts`."""
-        draft = _draft_of(self.accelerator.unwrap_model(model))
+        draft = draft_of(self.accelerator.unwrap_model(model))
         bound, *_ = self._bound()
         states = read_target(self.target_model, bound.layer_idx, inputs["input_ids"], inputs["position_ids"])
         embeds = bound.embed(inputs["input_ids"]).detach()
@@ -181,10 +195,32 @@ class LongSpecTrainer(Trainer):
         self._borrowed = None  # a checkpoint may bring another draft vocabulary
         return super().train(*args, **kwargs)
 
+    def begin_run(self) -> None:
+        """What a run counts begins at zero, or where the checkpoint it resumes left it."""
+        record = read_record(self.state)
+        self._began, self._earlier = time.monotonic(), record.get("seconds", 0.0)
+        if self._budget is not None:
+            self._budget.resume(record.get("budget_seconds", 0.0))
+        self._micro_batch = (-1, 0)
+        self._sums = {}
+        if self.is_world_process_zero():  # the record is that of all processes together
+            sums = {name: record[name] for name in ("ce", "kl", "positions") if name in record}
+            self._sums = {name: torch.tensor(value, device=self.args.device) for name, value in sums.items()}
+        elif "positions" in record:
+            self._sums = {name: torch.tensor(0.0, device=self.args.device) for name in ("ce", "kl")}
+            self._sums["positions"] = torch.tensor(0, device=self.args.device)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        record = {"seconds": self._earlier + time.monotonic() - self._began, **self._sums_of_all()}
+        if self._budget is not None:
+            record["budget_seconds"] = self._budget.passed
+        write_record(self.state, record)
+        super()._save_checkpoint(*args, **kwargs)
+
     def _bound(self) -> tuple[BoundTarget, FrozenHead, torch.Tensor | None]:
         """What the draft borrows, the head's matrix, and each token's row in the draft vocabulary; made once."""
         if self._borrowed is None:
-            draft = _draft_of(self.accelerator.unwrap_model(self.model))
+            draft = draft_of(self.accelerator.unwrap_model(self.model))
             bound = bind(draft, self.target_model, mixed_precision=True)
             decoder = self.target_model.get_decoder()
             weight, bias = bound.head.matrix(draft.config.hidden_size, decoder.dtype, decoder.device)
@@ -207,53 +243,22 @@ class LongSpecTrainer(Trainer):
     def _track(self, sums: LossSums, positions: torch.Tensor) -> None:
         for name, value in {"ce": sums.ce, "kl": sums.kl, "positions": positions}.items():
             value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
+
+    def _sums_of_all(self) -> dict[str, float]:
+        """Losses and positions since the last log, over all processes."""
+        return {name: value.item() for name, value in self.accelerator.reduce(self._sums, "sum").items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the two losses, each per labelled position, and the number of those, since the last log."""
         if ("loss" in logs or "train_runtime" in logs) and self._sums:
-            sums = {name: float(value) for name, value in self.accelerator.reduce(self._sums, "sum").items()}
-            positions = max(sums["positions"], 1.0)
-            logs = {**logs, "ce": sums["ce"] / positions, "kl": sums["kl"] / positions, "positions": positions}
+            sums = self._sums_of_all()
+            count = max(float(sums["positions"]), 1.0)
+            logs = {**logs, "ce": sums["ce"] / count, "kl": sums["kl"] / count, "positions": float(sums["positions"])}
             self._sums = {}
+        if "train_runtime" in logs and self._earlier:
+            logs = {**logs, "earlier_runtime": self._earlier}
         super().log(logs, *args, **kwargs)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[torch.Tensor, None, None]:
-        """The loss with a shift of 1, as at the first depth of a tree."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            sums = self.loss_sums(model, inputs, shifts=[1])
-        return sums.total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1), None, None
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Evaluation uses plain positions."""
-        kept = self.data_collator
-        if isinstance(kept, AnchorOffsetCollator):
-            self.data_collator = AnchorOffsetCollator(kept.pad_token_id)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = kept
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Evaluation loss, where there is an `eval_dataset`, and tau on held-out texts."""
-        metrics: dict[str, float] = {}
-        if self.eval_dataset is not None or args or kwargs.get("eval_dataset") is not None:
-            metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.tau_evaluator is not None and self.args.evaluate_tau:
-            measured = self._measure_tau(self.tau_evaluator)
-            measured = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-            self.log(measured)
-            metrics.update(measured)
-        return metrics
-
-    def _measure_tau(self, evaluator: TauEvaluator) -> dict[str, float]:
-        """Tau over all held-out texts, of which every process measures its share."""
-        draft = whole_draft(_draft_of(self.accelerator.unwrap_model(self.model)))
-        share = slice(self.args.process_index, None, self.args.world_size)
-        return summarize(gather_object(evaluator.rows(draft, self.target_model, share)))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the draft's card and `training_facts.json` into `output_dir` from what the run recorded; transformers'
@@ -267,7 +272,7 @@ class LongSpecTrainer(Trainer):
             for name, value in entry.items()
             if name.startswith("eval_tau_")
         }
-        draft = _draft_of(self.accelerator.unwrap_model(self.model))
+        draft = draft_of(self.accelerator.unwrap_model(self.model))
         facts = training_facts(self.args, self.state)
         record = json.dumps({"facts": facts, "log": history}, indent=1, default=str)
         (Path(self.args.output_dir) / "training_facts.json").write_text(record, encoding="utf-8")
@@ -278,17 +283,12 @@ class LongSpecTrainer(Trainer):
         return self.args.hub_model_id or Path(self.args.output_dir).name
 
 
-class _ContinueOffsets(TrainerCallback):
-    """Tells the collator, when training begins, how many batches came before and which are this process's."""
-
-    def __init__(self, collator: AnchorOffsetCollator) -> None:
-        self.collator = collator
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.collator.process_index, self.collator.num_processes = args.process_index, args.world_size
-        self.collator.set_batches_drawn(state.global_step * args.gradient_accumulation_steps)
-
-
-def _draft_of(model: Any) -> LongSpecDraftModel:
-    """The draft inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _check_rows(rows: Any, collator: Any, vocab_size: int) -> None:
+    """Refuse data without rows, and a padding token that the target has no embedding of."""
+    if rows is not None and has_length(rows) and not len(rows):
+        raise ValueError("`train_dataset` is empty, expected at least one row. Check the sources of the data.")
+    if isinstance(collator, AnchorOffsetCollator) and collator.pad_token_id >= vocab_size:
+        raise ValueError(
+            f"`pad_token_id` is {collator.pad_token_id}, expected a token below the target's vocabulary size of "
+            f"{vocab_size}. Padding is never seen, so any will do, such as 0."
+        )

@@ -11,10 +11,20 @@ from .collator import IGNORED
 
 
 def count_tokens(rows: Iterable[Sequence[int] | torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """Occurrences `[vocab_size]` of every token in rows of ids."""
+    """Occurrences `[vocab_size]` of every token in rows of ids.
+
+    Raises:
+        ValueError: an id is outside the vocabulary.
+    """
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for row in rows:
-        counts += torch.bincount(torch.as_tensor(row, dtype=torch.long).flatten(), minlength=vocab_size)
+        ids = torch.as_tensor(row, dtype=torch.long).flatten()
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(
+                f"`rows` hold ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1}. Tokenize "
+                "the texts with the target's tokenizer."
+            )
+        counts += torch.bincount(ids, minlength=vocab_size)
     return counts
 
 
@@ -27,9 +37,15 @@ def most_frequent_tokens(counts: torch.Tensor, size: int, always: Sequence[int] 
         always: tokens that are in whatever their count, such as the end of a text.
 
     Raises:
-        ValueError: `size` is not between the number of `always` tokens and the vocabulary's size.
+        ValueError: `size` is not between the number of `always` tokens and the vocabulary's size, or one of these is
+            outside the vocabulary.
     """
     always = sorted(set(always))
+    if always and not 0 <= always[0] <= always[-1] < len(counts):
+        raise ValueError(
+            f"`always` names tokens from {always[0]} to {always[-1]}, expected 0 to {len(counts) - 1}. Leave out what "
+            "is not in the vocabulary."
+        )
     if not max(1, len(always)) <= size <= len(counts):
         raise ValueError(
             f"`size` must be between {max(1, len(always))} and the vocabulary's {len(counts)}, got {size}."

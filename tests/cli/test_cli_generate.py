@@ -52,6 +52,16 @@ def test_template_system_message_and_silence(capsys, models):
     assert "tau" not in generated(capsys, "--prompt", "w7", "--quiet", *models).err
 
 
+def test_a_template_without_system_messages_says_so(capsys, tmp_path):
+    target, draft = save_tiny_pair(tmp_path)
+    (target / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    pair = ["--target", str(target), "--draft", str(draft)]
+    assert main(["generate", *pair, "--prompt", "w7", "--system", "w8"]) == 2
+    err = capsys.readouterr().err
+    assert "`system` must be a message that the target's chat template takes" in err
+    assert "System role not supported" in err
+
+
 def test_tree_options_reach_the_call(capsys, models):
     nothing = ["--tree-shape", "--ngram-branch-length", "0", "--no-fallback-to-plain"]
     err = generated(capsys, "--prompt", "w7", *models, *nothing, "--repetition-penalty", "1.0").err

@@ -70,13 +70,15 @@ def test_unknown_options_are_refused_but_for_train(capsys):
 def test_convert_hands_over(capsys, monkeypatch):
     calls = []
     convert = types.ModuleType("longspec_hf.convert")
-    convert.convert_checkpoint = lambda source, target=None, output_dir=None: calls.append(
-        (source, target, output_dir)
-    )
+    convert.convert_checkpoint = lambda source, **options: calls.append((source, *options.values()))
     monkeypatch.setitem(sys.modules, "longspec_hf.convert", convert)
     assert main(["convert", "sail/longspec-x", "--output", "out"]) == 0
-    assert main(["convert", "sail/longspec-x", "--target", "org/x", "--output", "out"]) == 0
-    assert calls == [("sail/longspec-x", None, "out"), ("sail/longspec-x", "org/x", "out")]
+    more = ["--target", "org/x", "--revision", "v2", "--dtype", "bfloat16"]
+    assert main(["convert", "sail/longspec-x", *more, "--output", "out"]) == 0
+    assert calls == [
+        ("sail/longspec-x", None, "out", None, None),
+        ("sail/longspec-x", "org/x", "out", "v2", "bfloat16"),
+    ]
     assert capsys.readouterr().out == "out\nout\n"
 
 

@@ -37,6 +37,16 @@ def test_a_path_is_no_base_model():
     assert "model-index" not in make_model_card(config, "draft").content
 
 
+@pytest.mark.parametrize("name", ["pair/target", "C:/target", "C:\\\\target/x", "a/b/c", "./target", "~/target"])
+def test_a_folder_here_and_a_path_with_a_drive_are_no_base_model(tmp_path, monkeypatch, name):
+    (tmp_path / "pair" / "target").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = LongSpecDraftConfig.from_target(tiny_target().config, target_name_or_path=name)
+    assert make_model_card(config, "draft").data.base_model is None
+    config.target_name_or_path = "pair/other"
+    assert make_model_card(config, "draft").data.base_model == "pair/other"
+
+
 def test_the_trainer_writes_the_card_of_its_run(tmp_path):
     texts = [TauInput(list(range(1, 20)), list(range(20, 40)))]
     trainer = small_trainer(tmp_path / "my-draft", max_steps=6)

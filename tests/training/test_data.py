@@ -61,6 +61,57 @@ def test_missing_and_wrong_sources_are_refused(tmp_path, tokenizer):
         rows_from_dataset([{"body": "x"}], tokenizer, 4)
 
 
+def test_json_lines_may_be_blank_and_begin_with_a_mark(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b\xe2\x80\xa8c"}\n\n')
+    assert list(read_texts([tmp_path / "x.jsonl"])) == ["a", "b\u2028c"]
+    (tmp_path / "x.md").write_bytes(b"\xef\xbb\xbfa")
+    assert list(read_texts([tmp_path / "x.md"])) == ["a"] == list(read_texts([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text"\n', r"line 2 of .*x.json must be a JSON object in UTF-8, got '{\"text\"' \(Expect"),
+        (b'[\n  {"text": "a"}\n]\n', r"line 1 of .*x.json must be a JSON object.*got '\[' .*no array around them"),
+        (b'[{"text": "a"}]\n', r"line 1 of .*x.json must be a JSON object"),
+        (b'\n"x"\n', r"line 2 of .*x.json must be a JSON object in UTF-8, got '\"x\"'\."),
+        ('{"text": "a"}'.encode("utf-16"), r"line 1 of .*x.json must be a JSON object in UTF-8"),
+        (b'{"text": 3}\n', r"line 1 of .*x.json must have `text` or `messages`"),
+        (b'{"messages": [{"role": "user"}]}\n', r"line 1 of .*x.json has `messages`, which need a `tokenizer`"),
+    ],
+)
+def test_a_line_that_is_no_object_is_named(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_texts([tmp_path / "x.json"]))
+
+
+def test_messages_that_the_template_refuses_are_named(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"messages": [{"role": "system", "content": "a"}]}')
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system messages') }}")
+    with pytest.raises(ValueError, match=r"line 1 of .*x.jsonl has `messages`.*no system messages"):
+        list(read_texts([tmp_path / "x.jsonl"], tokenizer))
+
+
+def test_a_named_file_that_is_no_utf8_is_refused(tmp_path):
+    file = tmp_path / "latin.txt"
+    file.write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"`paths` names .*latin.txt, expected UTF-8 text"):
+        list(read_texts([file]))
+    assert list(read_texts([tmp_path])) == []
+
+
+def test_a_named_file_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    def refuse(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    assert list(read_texts([tmp_path])) == []
+    with pytest.raises(PermissionError, match=r"a\.txt"):
+        list(read_texts([tmp_path / "a.txt"]))
+
+
 def test_packing_puts_the_end_behind_every_text(tokenizer):
     tokens = pack_texts(["ab", "c"], tokenizer)
     assert tokens.dtype == np.uint16

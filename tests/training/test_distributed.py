@@ -100,7 +100,13 @@ def test_tau_counts_every_text_once(two, alone):
     assert alone["plain"]["tau"]
     for seen in two.plain:
         assert seen["tau"] == alone["plain"]["tau"]
-        assert len(seen["eval"]) == 2
+
+
+def test_evaluation_losses_count_every_row_once(two, alone):
+    """Six rows in batches of eight: the second process has copies only."""
+    assert len(alone["plain"]["eval"]) == 2
+    for seen in two.plain:
+        assert seen["eval"] == pytest.approx(alone["plain"]["eval"], rel=SAME_SUM)
 
 
 def test_what_is_written_is_the_whole_draft(two):

@@ -63,6 +63,15 @@ def test_ignored_positions_have_no_gradient():
     assert torch.equal(hidden.grad.abs().sum(-1) == 0, silent)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
+def test_no_positions_have_no_loss(kl_weight):
+    hidden, head, labels, teacher, mask = _case(torch.float64, rows=0)
+    found = chunked_loss(hidden, head, labels, teacher, mask, 0.5, kl_weight)
+    found.total.backward()
+    assert [value.item() for value in found] == [0.0, 0.0, 0.0]
+    assert hidden.grad.shape == (0, 16)
+
+
 def test_bf16_states_give_bf16_gradients_close_to_fp32():
     hidden, head, labels, teacher, mask = _case(torch.float32)
     found = hidden.detach().bfloat16().requires_grad_()
