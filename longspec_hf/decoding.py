@@ -53,8 +53,8 @@ class Decoder:
     """Generates until a stopping criterion holds for every sequence.
 
     The texts grow in `drawers`; the cache ends one row short of the longest. A sequence that has ended costs neither
-    draft nor target work: those that go on are kept in front. When all have ended, one more forward reads the last
-    tokens of the shorter texts, whose rows plain decoding's cache holds too.
+    draft nor target work: those that go on are kept in front. When all have ended and the cache is kept, one more
+    forward reads the last tokens of the shorter texts, whose rows plain decoding's cache holds too.
 
     Args:
         target: the target's forwards.
@@ -65,6 +65,7 @@ class Decoder:
         max_length: longest text, prompt included. No tree reaches past it.
         make_engine: gives, after the prefill, what runs the rounds on the device, or `None` and why nothing can.
         known: what earlier calls of the pair learnt of the times of rounds.
+        keeps_cache: whether anybody has the cache after the call.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Decoder:
         max_length: int,
         make_engine: Callable[[], tuple[Engine | None, str | None]] = lambda: (None, None),
         known: PairTimes | None = None,
+        keeps_cache: bool = True,
     ) -> None:
         self.target = target
         self.generator = generator
@@ -91,6 +93,7 @@ class Decoder:
         self.active = len(self.drawers)
         self.make_engine = make_engine
         self.known = known
+        self.keeps_cache = keeps_cache
         self.engine: Engine | None = None
         self._swaps: list[tuple[int, int]] = []
         self._exact_rows = 0
@@ -103,7 +106,8 @@ class Decoder:
             began = time.perf_counter()
             while self.active:
                 self._step()
-            self._read_last_tokens()
+            if self.keeps_cache:
+                self._read_last_tokens()
             self.stats.decode_seconds = time.perf_counter() - began
             if self.known is not None and not self.trees.fixed:
                 self.known.remember(self._kind, self.trees.cost.times)

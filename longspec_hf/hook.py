@@ -209,10 +209,13 @@ def _longspec_decoding(
     runner = _Runner(target, input_ids, generation_config, model_kwargs, cache, prompts.starts)
     engine = functools.partial(make_engine, target, generator, cache, runner.hidden_states is not None)
     known = PairTimes(target, draft)
-    stats = Decoder(runner, generator, cache, drawers, prompts, generation_config.max_length, engine, known).run()
+    users = given is cache or getattr(given, "_is_user_defined", False)
+    kept = users or generation_config.return_dict_in_generate
+    length = generation_config.max_length
+    stats = Decoder(runner, generator, cache, drawers, prompts, length, engine, known, kept).run()
     if streamer is not None:
         streamer.end()
-    if given is not cache and getattr(given, "_is_user_defined", False):
+    if users and given is not cache:
         hand_back(cache, given)
         cache = given
     sequences = pad_texts([drawer.text for drawer in drawers], generation_config._pad_token_tensor)

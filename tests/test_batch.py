@@ -63,8 +63,9 @@ def test_rows_equal_their_solo_runs(family, scripts):  # C34, C35
     assert not scripts or stats.tau > 1.3
 
 
-def test_finished_rows_cost_no_work(target, monkeypatch):
-    """A row that has ended is neither drafted nor verified any more; its last token is read once all have ended."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_finished_rows_cost_no_work(target, monkeypatch, kept):
+    """A row that has ended is neither drafted nor verified any more; a cache gets its last token at the end."""
     inputs, alone = padded()
     texts = [target.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist() for ids in alone]
     # An end token that row 1 writes early and the others late or never.
@@ -83,16 +84,17 @@ def test_finished_rows_cost_no_work(target, monkeypatch):
     drafted = []
     expand = draft.next_token_logits
     draft.next_token_logits = lambda hidden, *a: drafted.append(hidden.shape[0]) or expand(hidden, *a)
-    out = target.generate(
-        **inputs, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=0, assistant_model=draft
-    )
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
+    out = target.generate(**inputs, **options, assistant_model=draft, return_dict_in_generate=kept)
     monkeypatch.undo()
     assert torch.equal(
-        out, target.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=0)
+        out.sequences if kept else out,
+        target.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=0),
     )
     ends = [([*text, end]).index(end) for text in texts]
     shorter = sum(row < max(ends) for row in ends)
-    assert widths.pop() == (shorter, 1) and last == [end] * shorter
+    if kept:
+        assert widths.pop() == (shorter, 1) and last == [end] * shorter
     rows = [shape[0] for shape in widths[1:]]
     assert rows == sorted(rows, reverse=True) and rows[0] == 3 and min(rows) < 3
     assert drafted == sorted(drafted, reverse=True) and min(drafted) < 3
